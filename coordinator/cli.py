@@ -1,0 +1,22 @@
+"""`milpa-coordinator`: the command line of the coordinator. Each command lives in `commands/`; heavy imports happen inside it."""
+
+import importlib
+
+import typer
+
+from protocol.console import run
+
+COMMANDS = ("ranch", "distill", "evaluate", "publish", "round", "superlink", "serve")
+GROUPS = ("config",)
+
+app = typer.Typer(
+    no_args_is_help=True, help="Distil, prove, sign and release models for a fleet, and merge what it learned.", rich_markup_mode="markdown"
+)
+
+
+def main() -> None:
+    """Entry point: one clear line and an exit code for every error that a person can act on."""
+    for name in COMMANDS:
+        module = importlib.import_module(f"coordinator.commands.{name}")
+        app.command(name)(getattr(module, name))
+    run(app)

@@ -1,0 +1,50 @@
+"""Where each message travels. `asyncapi.yaml` beside this file says the same for other programs; a test holds them together.
+
+milpa/v1/release                        ReleaseNotice   coordinator -> all          retained
+milpa/v1/node/NODE/status               Status          node -> coordinator, all    retained, will
+milpa/v1/node/NODE/event                Event           node -> coordinator
+milpa/v1/node/NODE/ack                  Ack             coordinator -> node
+milpa/v1/peer/PEER/question/ASKER       Question        node -> peer                response topic, correlation data, expiry
+milpa/v1/node/ASKER/reply/PEER          Reply           peer -> node                correlation data
+"""
+
+from protocol.names import checked_name
+
+RELEASE = "milpa/v1/release"
+ALL_STATUS = "milpa/v1/node/+/status"
+ALL_EVENTS = "milpa/v1/node/+/event"
+
+
+def status(node: str) -> str:
+    """A node's status."""
+    return f"milpa/v1/node/{checked_name(node)}/status"
+
+
+def event(node: str) -> str:
+    """What happened on a node."""
+    return f"milpa/v1/node/{checked_name(node)}/event"
+
+
+def ack(node: str) -> str:
+    """What the coordinator has of a node."""
+    return f"milpa/v1/node/{checked_name(node)}/ack"
+
+
+def question(peer: str, asker: str) -> str:
+    """A question to a peer."""
+    return f"milpa/v1/peer/{checked_name(peer)}/question/{checked_name(asker)}"
+
+
+def questions_to(peer: str) -> str:
+    """Filter: all questions to a peer."""
+    return f"milpa/v1/peer/{checked_name(peer)}/question/+"
+
+
+def reply(asker: str, peer: str) -> str:
+    """A peer's reply."""
+    return f"milpa/v1/node/{checked_name(asker)}/reply/{checked_name(peer)}"
+
+
+def replies_to(asker: str) -> str:
+    """Filter: all replies to a node."""
+    return f"milpa/v1/node/{checked_name(asker)}/reply/+"
