@@ -5,6 +5,7 @@ for each module in the header's order, A (rank, in) then B (out, rank), row-majo
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -43,6 +44,31 @@ class AdapterHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def length(self) -> int:
         """Number of floats in the flat array."""
         return sum(self.rank * (module.inputs + module.outputs) for module in self.modules)
+
+
+class AdapterQuestion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The one question of a round: "what have you for release R?" Travels as JSON in a Flower message."""
+
+    release: int
+    base_digest: str
+    initial_digest: str
+
+
+AdapterCode = Literal[
+    "adapter",  # the flat array is with this reply
+    "nothing",  # nothing trained for that base and initial adapter
+    "damaged",  # what was stored no longer matches its digest
+    "failed",  # something else went wrong; the reason stays in the node's own log
+]
+
+
+class AdapterReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A node's answer to it. Codes, names and figures only: a site's text never travels, not even in an error."""
+
+    node: str
+    code: AdapterCode
+    digest: str = ""  # SHA-256 of the flat array's bytes, little-endian float32
+    header: AdapterHeader | None = None
 
 
 def unpack(flat: Flat, header: AdapterHeader) -> dict[str, tuple[Flat, Flat]]:

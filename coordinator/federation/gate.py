@@ -1,0 +1,64 @@
+"""Is the merged model better? Numbers come in, a decision with its reasons comes out. No I/O.
+
+All must hold, each on held-out records that chose nothing (eta was chosen on dev records):
+ * better at the sites together: the paired bootstrap interval of the difference lies above zero;
+ * on the general set not worse by more than `margin` (point estimate), and not clearly worse (interval below zero);
+ * at no site clearly worse (interval below zero).
+
+Why a point estimate for the margin: a non-inferiority interval of +-2 points needs thousands of paired records; a round has hundreds.
+The interval is in the reasons, so nobody has to take the point for more than it is.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+GENERAL_MARGIN = 0.03  # of the metric's unit: 3 points of accuracy or chrF
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """Before and after on the same records, paired."""
+
+    name: str
+    n: int
+    before: float  # mean of the metric, in [0, 1]
+    after: float
+    low: float  # 95 % interval of after - before
+    high: float
+    p: float = 1.0
+
+    @property
+    def diff(self) -> float:
+        """after - before."""
+        return self.after - self.before
+
+    def words(self) -> str:
+        """For people: "esteli 0.61 -> 0.72 (+0.11, 95 % +0.04..+0.18, n=200)"."""
+        return f"{self.name} {self.before:.3f} -> {self.after:.3f} ({self.diff:+.3f}, 95 % {self.low:+.3f}..{self.high:+.3f}, n={self.n})"
+
+
+class GateDecision(msgspec.Struct, frozen=True):
+    """Release or not, and why; every rule leaves one reason."""
+
+    release: bool
+    reasons: tuple[str, ...]
+
+
+def decide(
+    together: Comparison, *, general: Comparison | None, sites: Sequence[Comparison], margin: float = GENERAL_MARGIN
+) -> GateDecision:
+    """Apply the rules above. `general` None: there is no general set, and the reasons say so."""
+    passed: list[str] = []
+    failed: list[str] = []
+    (passed if together.low > 0 else failed).append(
+        f"sites together: {together.words()}" + ("" if together.low > 0 else "; the interval does not lie above zero")
+    )
+    if general is None:
+        passed.append("no general set was given: loss of general ability was not looked for")
+    else:
+        too_low, clearly = general.diff < -margin, general.high < 0
+        told = f"; worse by more than {margin:g}" if too_low else "; clearly worse" if clearly else ""
+        (failed if told else passed).append(f"general: {general.words()}{told}")
+    for site in sites:
+        (failed if site.high < 0 else passed).append(f"site {site.words()}" + ("; clearly worse" if site.high < 0 else ""))
+    return GateDecision(release=not failed, reasons=tuple(failed + passed))
