@@ -1,0 +1,272 @@
+"""GGUF files as values: metadata, vocabulary and tensors, read and written.
+
+Rules:
+ * A tensor keeps its quantised bytes until somebody asks for numbers, so cutting rows or layers never requantises.
+ * The same content is the same bytes (no time stamps): a file's digest is a cache key.
+ * A file appears whole or not at all (`.part`, sync, rename).
+
+Limits: one-file models. Encoding to F32, F16, BF16, Q8_0, Q5_0, Q4_0 is `gguf`'s; K types go through `quantise` (llama.cpp).
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import ctypes
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.quants import dequantize, quantize
+from numpy.typing import NDArray
+
+from protocol.blobs import sync_folder
+from protocol.digests import digest_file
+from protocol.errors import BadInput, MalformedMessage
+from protocol.names import known
+
+ARCHITECTURE = "gemma3"
+GLOBAL_EVERY = 6  # llama.cpp counts by block index: blocks 5, 11, 17 of gemma3 are global, the others local
+LOCAL_ROPE_BASE = 10_000.0  # of local blocks; llama.cpp's constant for gemma3
+
+TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER, TOKEN_UNUSED, TOKEN_BYTE = 1, 2, 3, 4, 5, 6
+
+_SKIPPED = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture")
+_VOCABULARY = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type")
+
+
+@dataclass(frozen=True)
+class Value:
+    """One metadata value with its GGUF type, so that it is written as it was read."""
+
+    value: Any
+    kind: gguf.GGUFValueType
+    item_kind: gguf.GGUFValueType | None = None  # of arrays
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as stored: `data` has the row's bytes (quantised types) or numbers in its last axis."""
+
+    data: NDArray[Any]
+    kind: gguf.GGMLQuantizationType
+
+    def numbers(self) -> NDArray[np.float32]:
+        """As float32, shape (outputs, inputs) or (n,)."""
+        return np.asarray(dequantize(self.data, self.kind), dtype=np.float32)
+
+    def rows(self, keep: NDArray[np.int64]) -> "Tensor":
+        """Only those rows; quantised rows are independent, so nothing is requantised."""
+        return Tensor(np.ascontiguousarray(self.data[keep]), self.kind)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Pieces by id, with SentencePiece scores and llama.cpp's token types."""
+
+    tokens: list[str]
+    scores: NDArray[np.float32]
+    types: NDArray[np.int32]
+
+
+@dataclass
+class Checkpoint:
+    """A model file in memory."""
+
+    metadata: dict[str, Value]
+    vocabulary: Vocabulary
+    tensors: dict[str, Tensor]
+    path: Path | None = field(default=None, compare=False)
+
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """Read a GGUF. Tensor bytes stay mapped from the file until they are used.
+
+        Raises:
+            BadInput: there is no such file.
+            MalformedMessage: it is not a GGUF, or not one of the architecture we train.
+        """
+        if not path.is_file():
+            raise BadInput(f"model file {path} does not exist")
+        try:
+            reader = gguf.GGUFReader(path)
+            architecture = reader.fields["general.architecture"].contents()
+        except (ValueError, KeyError, IndexError) as error:
+            raise MalformedMessage(f"{path} is not a GGUF model file: {error}") from error
+        if architecture != ARCHITECTURE:
+            raise MalformedMessage(f"{path} is a {architecture!r} model; this build trains {ARCHITECTURE!r} only")
+        metadata = {
+            name: Value(entry.contents(), entry.types[0], entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None)
+            for name, entry in reader.fields.items()
+            if name not in _SKIPPED and name not in _VOCABULARY
+        }
+        vocabulary = Vocabulary(
+            reader.fields["tokenizer.ggml.tokens"].contents(),
+            np.array(reader.fields["tokenizer.ggml.scores"].contents(), dtype=np.float32),
+            np.array(reader.fields["tokenizer.ggml.token_type"].contents(), dtype=np.int32),
+        )
+        tensors = {tensor.name: Tensor(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+        return cls(metadata, vocabulary, tensors, path)
+
+    def write(self, path: Path) -> None:
+        """Write the GGUF; the file appears whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        writer = gguf.GGUFWriter(part, ARCHITECTURE)
+        for name, entry in self.metadata.items():
+            writer.add_key_value(name, entry.value, entry.kind, sub_type=entry.item_kind)
+        writer.add_token_list(self.vocabulary.tokens)
+        writer.add_token_scores(self.vocabulary.scores.tolist())
+        writer.add_token_types(self.vocabulary.types.tolist())
+        for name, tensor in self.tensors.items():
+            writer.add_tensor(name, tensor.data, raw_dtype=tensor.kind)
+        _finish(writer, part, path)
+        self.path = path
+        self.__dict__.pop("digest", None)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file this checkpoint was read from or last written to.
+
+        Raises:
+            BadInput: it was never a file.
+        """
+        if self.path is None:
+            raise BadInput("this checkpoint was never written: it has no digest")
+        return digest_file(self.path)
+
+    @property
+    def blocks(self) -> int:
+        """Number of transformer blocks."""
+        return int(self.number("block_count"))
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return int(self.number("embedding_length"))
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """The architecture's figure called `name` ("block_count", "attention.head_count")."""
+        entry = self.metadata.get(f"{ARCHITECTURE}.{name}")
+        if entry is None:
+            if default is None:
+                raise MalformedMessage(f"model file has no {ARCHITECTURE}.{name}")
+            return default
+        return float(entry.value)
+
+    def array(self, name: str) -> NDArray[np.float32]:
+        """The tensor's numbers, dequantised."""
+        return self.tensors[name].numbers()
+
+    def with_tensors(self, tensors: Mapping[str, Tensor], **figures: int) -> "Checkpoint":
+        """A copy with other tensors and, where given, other integer figures (`block_count=8`)."""
+        metadata = dict(self.metadata)
+        for name, figure in figures.items():
+            metadata[f"{ARCHITECTURE}.{name}"] = Value(figure, gguf.GGUFValueType.UINT32)
+        return Checkpoint(metadata, self.vocabulary, dict(tensors))
+
+    def keep_blocks(self, keep: Sequence[int]) -> "Checkpoint":
+        """Only those blocks, renumbered from 0.
+
+        llama.cpp takes local or global attention from the new number, and so does `to_torch`: a kept block may change its rope base.
+        """
+        if sorted(set(keep)) != list(keep) or not keep or keep[-1] >= self.blocks or keep[0] < 0:
+            raise BadInput(f"blocks to keep must be rising numbers from 0 to {self.blocks - 1}, not {list(keep)}")
+        renumbered = {old: new for new, old in enumerate(keep)}
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.tensors.items():
+            if not name.startswith("blk."):
+                tensors[name] = tensor
+            elif (old := int(name.split(".")[1])) in renumbered:
+                tensors[f"blk.{renumbered[old]}.{name.split('.', 2)[2]}"] = tensor
+        return self.with_tensors(tensors, block_count=len(keep))
+
+    def matrices(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Names and (outputs, inputs) of the blocks' weight matrices, in the file's order."""
+        for name, tensor in self.tensors.items():
+            if name.startswith("blk.") and tensor.data.ndim == 2:
+                inputs = (
+                    gguf.quants.quant_shape_from_byte_shape(tensor.data.shape, tensor.kind)[-1]
+                    if _packed(tensor.kind)
+                    else tensor.data.shape[-1]
+                )
+                yield name, (int(tensor.data.shape[0]), int(inputs))
+
+
+def _packed(kind: gguf.GGMLQuantizationType) -> bool:
+    return kind not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+
+
+def encode_tensor(numbers: NDArray[np.float32], kind: str) -> Tensor:
+    """Encode float numbers as `kind` ("F32", "F16", "Q8_0", "Q5_0", "Q4_0"); vectors always stay F32, as llama.cpp wants its norms.
+
+    Raises:
+        UnknownName: another kind.
+        BadInput: rows that the kind's block size does not divide.
+    """
+    known(kind, ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0"), what="tensor type")
+    wanted = gguf.GGMLQuantizationType[kind if numbers.ndim > 1 else "F32"]
+    block = gguf.GGML_QUANT_SIZES[wanted][0]
+    if numbers.shape[-1] % block:
+        raise BadInput(f"rows of {numbers.shape[-1]} numbers do not fit {kind} blocks of {block}")
+    return Tensor(quantize(np.ascontiguousarray(numbers, dtype=np.float32), wanted), wanted)
+
+
+def quantise(source: Path, target: Path, kind: str, *, threads: int = 2) -> None:
+    """Quantise a GGUF with llama.cpp (`llama_model_quantize`), from any type, to `kind` ("Q8_0", "Q5_0", "Q4_0", "Q4_K_M", ...).
+
+    Raises:
+        UnknownName: llama.cpp has no such file type.
+        BadInput: llama.cpp refused the file.
+    """
+    import llama_cpp
+
+    _quiet()
+    prefix = "LLAMA_FTYPE_MOSTLY_"
+    kinds = {name.removeprefix(prefix): value for name, value in vars(llama_cpp).items() if name.startswith(prefix)}
+    known(kind, kinds, what="file type")
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype, parameters.nthread, parameters.allow_requantize = kinds[kind], threads, True
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(part), ctypes.byref(parameters)):
+        part.unlink(missing_ok=True)
+        raise BadInput(f"llama.cpp cannot quantise {source} to {kind}; is it a whole GGUF file?")
+    _settle(part, target)
+
+
+def _finish(writer: gguf.GGUFWriter, part: Path, path: Path) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    _settle(part, path)
+
+
+def _settle(part: Path, path: Path) -> None:
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync_folder(path.parent)
+
+
+def _quiet() -> None:
+    """Stop llama.cpp from printing to stderr."""
+    import llama_cpp
+
+    llama_cpp.llama_log_set(_NO_LOG, ctypes.c_void_p(0))
+
+
+def _make_no_log() -> Any:
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback
+    def no_log(level: int, text: bytes, data: Any) -> None:
+        del level, text, data
+
+    return no_log
+
+
+_NO_LOG = _make_no_log()  # kept here: llama.cpp calls it for as long as the process lives

@@ -1,0 +1,97 @@
+"""The node's own tokeniser, for training too: llama.cpp loads only the vocabulary of the GGUF, so ids cannot differ.
+
+Prompt and target are tokenised apart and joined as ids (see `protocol.tasks`). Loads no torch.
+"""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import llama_cpp
+
+from protocol.errors import BadInput, MalformedMessage
+from protocol.tasks import Record, Task
+
+
+class Example(NamedTuple):
+    """What a model learns from: ids to read and ids to say. `prompt` starts with bos, `target` ends in eos."""
+
+    prompt: list[int]
+    target: list[int]
+
+
+class Tokenizer:
+    """Text <-> ids by the vocabulary in a GGUF file."""
+
+    def __init__(self, model: Path) -> None:
+        """Load the vocabulary only (no tensors).
+
+        Raises:
+            BadInput: there is no such file.
+            MalformedMessage: llama.cpp cannot read it.
+        """
+        if not model.is_file():
+            raise BadInput(f"model file {model} does not exist")
+        _silence()
+        parameters = llama_cpp.llama_model_default_params()
+        parameters.vocab_only = True
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(model), parameters)
+        if not self._model:
+            raise MalformedMessage(f"llama.cpp cannot read the vocabulary of {model}")
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.bos = int(llama_cpp.llama_vocab_bos(self._vocab))
+        self.eos = int(llama_cpp.llama_vocab_eos(self._vocab))
+        self.size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+
+    def encode(self, text: str, *, bos: bool) -> list[int]:
+        """Ids of `text`; control words inside it are plain text."""
+        data = text.encode()
+        room = len(data) + 2  # never more ids than bytes, and bos
+        ids = (llama_cpp.llama_token * room)()
+        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), ids, room, bos, False)
+        if count < 0:
+            raise BadInput(f"text of {len(data)} bytes does not tokenise into {room} ids")
+        return list(ids[:count])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token; empty for control tokens."""
+        buffer = ctypes.create_string_buffer(256)
+        count = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, 256, 0, False)
+        return buffer.raw[: max(0, count)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; control tokens vanish, bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self.piece(token) for token in ids).decode("utf-8", errors="replace")
+
+    def close(self) -> None:
+        """Free the vocabulary; closing twice does nothing."""
+        if self._model:
+            llama_cpp.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> "Tokenizer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def make_example(tokenizer: Tokenizer, task: Task, record: Record) -> Example:
+    """Prompt and target of a record, tokenised apart.
+
+    Raises:
+        BadInput: the record has no target.
+    """
+    target = tokenizer.encode(task.target(record), bos=False)
+    return Example(tokenizer.encode(task.prompt(record), bos=True), [*target, tokenizer.eos])
+
+
+def _silence() -> None:
+    llama_cpp.llama_log_set(_no_log, ctypes.c_void_p(0))
+
+
+@llama_cpp.llama_log_callback
+def _no_log(level: int, text: bytes, data: ctypes.c_void_p) -> None:
+    """Receive llama.cpp's log lines and drop them; must live as long as the process."""

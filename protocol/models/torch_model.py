@@ -1,0 +1,246 @@
+"""A GGUF checkpoint as a torch model and back: Gemma 3 text, built from its figures alone, nothing fetched.
+
+Rules, each one the other end of what llama.cpp computes (parity is a test, on a tiny and on the packaged model):
+ * GGUF norm weights are w + 1; transformers adds the 1 itself;   * the output matrix is the embedding;
+ * block n is global when (n + 1) % 6 == 0, with its own rope base, also after blocks were cut out;   * embeddings are scaled by sqrt(hidden).
+
+`hidden_states` is our own forward pass over transformers' modules: rows are padded on the right and attention is causal, so there is no mask to build
+or to apply, and norms stay in the working type. Contexts here are shorter than the sliding window (512), so local blocks differ by rope base only.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from protocol.errors import TooLarge
+from protocol.models.checkpoint import GLOBAL_EVERY, LOCAL_ROPE_BASE, Checkpoint, Tensor, encode_tensor
+
+_PARTS = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
+}  # fmt: skip
+
+
+def torch_name(tensor: str) -> str:
+    """GGUF tensor name -> transformers parameter name: "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
+    if tensor == "token_embd.weight":
+        return "model.embed_tokens.weight"
+    if tensor == "output_norm.weight":
+        return "model.norm.weight"
+    _, block, part, kind = tensor.split(".")
+    return f"model.layers.{block}.{_PARTS[part]}.{kind}"
+
+
+def module_of(model: nn.Module, tensor: str) -> nn.Module:
+    """The torch module that holds the GGUF tensor's weight."""
+    return model.get_submodule(torch_name(tensor).removesuffix(".weight"))
+
+
+def best_dtype() -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively (AVX512-BF16, AMX), float32 elsewhere."""
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def to_torch(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Gemma3ForCausalLM:
+    """Build the model on the CPU, in evaluation mode, with no gradients asked for."""
+    blocks = checkpoint.blocks
+    figures = checkpoint.number
+    config = Gemma3TextConfig(
+        vocab_size=len(checkpoint.vocabulary.tokens),
+        hidden_size=checkpoint.hidden,
+        intermediate_size=int(figures("feed_forward_length")),
+        num_hidden_layers=blocks,
+        num_attention_heads=int(figures("attention.head_count")),
+        num_key_value_heads=int(figures("attention.head_count_kv")),
+        head_dim=int(figures("attention.key_length")),
+        query_pre_attn_scalar=int(figures("attention.key_length")),
+        rms_norm_eps=figures("attention.layer_norm_rms_epsilon"),
+        max_position_embeddings=int(figures("context_length")),
+        sliding_window=int(figures("attention.sliding_window")),
+        layer_types=["full_attention" if (block + 1) % GLOBAL_EVERY == 0 else "sliding_attention" for block in range(blocks)],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": LOCAL_ROPE_BASE},
+            "full_attention": {"rope_type": "default", "rope_theta": figures("rope.freq_base")},
+        },
+        tie_word_embeddings=True,
+    )
+    config._attn_implementation = "sdpa"
+    with _no_random_weights():
+        model = Gemma3ForCausalLM(config)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in checkpoint.tensors:
+            numbers = checkpoint.array(name)
+            parameters[torch_name(name)].copy_(torch.from_numpy(numbers - 1.0 if "norm" in name else numbers))
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def from_torch(model: Gemma3ForCausalLM, like: Checkpoint, *, kind: str = "F16") -> Checkpoint:
+    """The model's weights under GGUF names, encoded as `kind`; a tensor that equals the one in `like` keeps its stored bytes."""
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {}
+    for name, stored in like.tensors.items():
+        weight = parameters[torch_name(name)].detach().float().numpy()
+        numbers = weight + 1.0 if "norm" in name else weight
+        if name == "token_embd.weight":  # frozen in all our training: the original bytes are the best copy
+            tensors[name] = stored
+        else:
+            tensors[name] = encode_tensor(np.asarray(numbers, dtype=np.float32), kind)
+    return like.with_tensors(tensors)
+
+
+@contextlib.contextmanager
+def _no_random_weights() -> Iterator[None]:
+    """Skip random initialisation: every weight is overwritten a moment later."""
+    names = ("normal_", "uniform_", "kaiming_uniform_", "trunc_normal_")
+    saved = {name: getattr(torch.nn.init, name) for name in names}
+    try:
+        for name in names:
+            setattr(torch.nn.init, name, lambda tensor, *_a, **_k: tensor)
+        yield
+    finally:
+        for name, function in saved.items():
+            setattr(torch.nn.init, name, function)
+
+
+def _norm(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm with Gemma's (1 + w), in x's type (the mean is taken in float32 inside the kernel)."""
+    weight: Any = module.weight
+    return F.rms_norm(x, (x.shape[-1],), (1.0 + weight.float()).to(x.dtype), module.eps)
+
+
+def rope(model: Gemma3ForCausalLM, positions: torch.Tensor, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Layer type -> (cos, sin), each (1, 1, T, head) or (B, 1, T, head)."""
+    rotary: Any = model.model.rotary_emb
+    positions = positions if positions.ndim == 2 else positions[None]
+    probe = torch.empty(0, dtype=dtype)
+    found = {}
+    for kind in set(model.config.layer_types):
+        cos, sin = rotary(probe, positions, kind)
+        found[kind] = (cos[:, None], sin[:, None])
+    return found
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    left, right = x[..., :half], x[..., half:]
+    return torch.cat((left * cos[..., :half] - right * sin[..., :half], right * cos[..., half:] + left * sin[..., half:]), dim=-1)
+
+
+def block_forward(layer: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: "KeyValues | None" = None) -> torch.Tensor:
+    """One transformer block: x (B, T, hidden) -> (B, T, hidden)."""
+    batch, length, _ = x.shape
+    attention = layer.self_attn
+    h = _norm(layer.input_layernorm, x)
+    shape = (batch, length, -1, attention.head_dim)
+    q = _norm(attention.q_norm, attention.q_proj(h).view(shape)).transpose(1, 2)  # (B, heads, T, head)
+    k = _norm(attention.k_norm, attention.k_proj(h).view(shape)).transpose(1, 2)  # (B, 1, T, head)
+    v = attention.v_proj(h).view(shape).transpose(1, 2)
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    mask = None
+    if cache is not None:
+        k, v, mask = cache.extend(k, v)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1, scale=attention.scaling)
+    x = x + _norm(layer.post_attention_layernorm, attention.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1)))
+    h = _norm(layer.pre_feedforward_layernorm, x)
+    mlp = layer.mlp
+    h = mlp.down_proj(F.gelu(mlp.gate_proj(h), approximate="tanh") * mlp.up_proj(h))
+    return x + _norm(layer.post_feedforward_layernorm, h)
+
+
+def embed(model: Gemma3ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """Scaled embeddings: ids (B, T) -> (B, T, hidden)."""
+    return model.model.embed_tokens(ids)
+
+
+def hidden_states(model: Gemma3ForCausalLM, x: torch.Tensor, *, first: int = 0, last: int | None = None) -> torch.Tensor:
+    """Run blocks `first` to `last` over embeddings or hidden states x (B, T, hidden); no final norm.
+
+    Raises:
+        TooLarge: rows longer than the sliding window, which this pass does not apply.
+    """
+    if x.shape[1] > model.config.sliding_window:
+        raise TooLarge(f"{x.shape[1]} tokens in one row; training rows are limited to the sliding window of {model.config.sliding_window}")
+    rotations = rope(model, torch.arange(x.shape[1]), x.dtype)
+    for number, layer in enumerate(model.model.layers[first:last], start=first):
+        cos, sin = rotations[model.config.layer_types[number]]
+        x = block_forward(layer, x, cos, sin)
+    return x
+
+
+def logits_at(model: Gemma3ForCausalLM, hidden: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Logits at chosen positions only: hidden (B, T, h), rows and columns (n,) -> (n, V)."""
+    return model.lm_head(_norm(model.model.norm, hidden[rows, columns]))
+
+
+class KeyValues:
+    """Keys and values of one block while a batch is generated; rows are padded on the left, `start` is each row's first real column."""
+
+    def __init__(self, batch: int, heads: int, room: int, width: int, dtype: torch.dtype, start: torch.Tensor) -> None:
+        self.k = torch.zeros(batch, heads, room, width, dtype=dtype)
+        self.v = torch.zeros(batch, heads, room, width, dtype=dtype)
+        self.start, self.used = start, 0
+
+    def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Append (B, heads, t, width); return all keys and values so far and the mask (B, 1, t, used)."""
+        length = k.shape[2]
+        begin, end = self.used, self.used + length
+        self.k[:, :, begin:end], self.v[:, :, begin:end], self.used = k, v, end
+        column = torch.arange(end)
+        seen = (column[None] <= torch.arange(begin, end)[:, None])[None] & (column[None, None] >= self.start[:, None, None])
+        seen |= column[None, None] == torch.arange(begin, end)[None, :, None]  # padding sees itself, or its softmax would be 0/0
+        return self.k[:, :, :end], self.v[:, :, :end], seen[:, None]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop the rows that are finished."""
+        self.k, self.v, self.start = self.k[rows], self.v[rows], self.start[rows]
+
+
+@torch.inference_mode()
+def generate(model: Gemma3ForCausalLM, prompts: list[list[int]], *, max_new_tokens: int, eos: int, stop: int | None = None) -> list[list[int]]:
+    """Greedy continuation of a batch of prompts, without the end token; finished rows leave the batch.
+
+    `stop` is a further token that ends an answer (the line break).
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    batch = len(prompts)
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    start = torch.tensor([longest - len(prompt) for prompt in prompts])
+    config = model.config
+    dtype = model.model.embed_tokens.weight.dtype
+    caches = [
+        KeyValues(batch, config.num_key_value_heads, longest + max_new_tokens, config.head_dim, dtype, start) for _ in model.model.layers
+    ]
+    answers: list[list[int]] = [[] for _ in prompts]
+    alive = torch.arange(batch)
+    positions = (torch.arange(longest)[None] - start[:, None]).clamp(min=0)
+    for _ in range(max_new_tokens):
+        x = embed(model, ids)
+        rotations = rope(model, positions, x.dtype)
+        for number, layer in enumerate(model.model.layers):
+            cos, sin = rotations[config.layer_types[number]]
+            x = block_forward(layer, x, cos, sin, caches[number])
+        chosen = model.lm_head(_norm(model.model.norm, x[:, -1])).argmax(-1)
+        going = (chosen != eos) & (chosen != stop if stop is not None else torch.ones_like(chosen, dtype=torch.bool))
+        for row, token in zip(alive[going].tolist(), chosen[going].tolist(), strict=True):
+            answers[row].append(token)
+        if not bool(going.any()):
+            break
+        kept = going.nonzero().squeeze(1)
+        if len(kept) < len(alive):
+            for cache in caches:
+                cache.keep(kept)
+        alive, ids, positions = alive[kept], chosen[kept][:, None], positions[kept, -1:] + 1
+    return answers
