@@ -9,6 +9,7 @@ one adapter by digest: another quantisation or adapter shifts every signal, so i
 Without a calibration the plain probability of the verdict (or the mean token's, for free text) stands in, and the reason says so.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ TIE_BREAK = 0.01  # isotonic steps give many answers one value; this share of th
 ABOVE_ALL = 1.01  # a threshold no confidence reaches: escalate everything
 DEFAULT_BUDGET = 0.25  # share of questions; where the literature's cascades match the large model (fleet notes 3.1)
 UNCALIBRATED_THRESHOLD = 0.5
+VERDICT_RIGHT = "verdict is right"
 CALIBRATION_LIMIT = 64 * 1024  # bytes of the JSON file; a real one is about 3 kB
 
 _VERDICT = re.compile(r"\s*[a-z][a-z-]*\s*")
@@ -115,7 +117,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     count: int  # calibration records
     right: int  # of them answered rightly
     method: str  # "logistic", "single" (too few records for more than one signal) or "constant" (all right or all wrong)
-    target: str = "verdict is right"  # what the probability is of
+    target: str = VERDICT_RIGHT  # what the probability is of
     names: tuple[str, ...] = FEATURES
 
     def __post_init__(self) -> None:
@@ -137,7 +139,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if not self.points or len(self.quantiles) < 2:
             raise ValueError("calibration needs at least one isotonic point and two quantiles")
         for sequence in (self.quantiles, [x for x, _ in self.points], [y for _, y in self.points]):
-            if any(later < earlier for earlier, later in zip(sequence, sequence[1:], strict=False)):
+            if any(later < earlier for earlier, later in itertools.pairwise(sequence)):
                 raise ValueError("calibration's points and quantiles must rise")
 
     def fits(self, model_digest: str, adapter_digest: str) -> bool:
@@ -150,7 +152,9 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.bias + math.fsum(weight * (value - mean) / scale for value, mean, scale, weight in terms)
 
     def confidence(self, values: Sequence[float]) -> float:
-        """The probability that the answer is right, in [0, 1]; strictly rising in the score."""
+        """The probability that the answer is right, in [0, 1]; strictly rising in the score. 0 for a verdict task's broken answer."""
+        if self.target == VERDICT_RIGHT and values[0] == 0.0:
+            return 0.0
         score = self.score(values)
         return (1 - TIE_BREAK) * _within(interpolate(score, self.points), 0.0, 1.0) + TIE_BREAK * _logistic(score)
 
@@ -186,6 +190,7 @@ def judge(
     calibration: Calibration | None,
     threshold: float | None,
     budget: float | None = None,
+    in_form: bool = True,
 ) -> Judgement:
     """Decide from one answer's features whether it stands.
 
@@ -194,7 +199,10 @@ def judge(
         calibration: of the model and adapter that spoke, or None.
         threshold: escalate below it. None: the calibration's threshold for `budget`, or 0.5 without a calibration.
         budget: share of questions to escalate, named in the reason. None: 25%.
+        in_form: whether the task could read the answer (`Task.parse` found a verdict, where it has them). A broken one never stands.
     """
+    if not in_form:
+        return Judgement(False, 0.0, "the answer is not of the task's form")
     verdict = values[0] == 1.0
     if calibration is None:
         confidence = math.exp(values[1] if verdict else values[5])
@@ -223,7 +231,7 @@ def interpolate(x: float, points: Sequence[tuple[float, float]]) -> float:
     """Piecewise linear through `points` (x rising), flat outside them."""
     if x <= points[0][0]:
         return points[0][1]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x <= x1:
             return y1 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return points[-1][1]
