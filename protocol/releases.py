@@ -8,6 +8,9 @@ from typing import Literal
 
 import msgspec
 
+from protocol.errors import BadInput, DoesNotFit
+from protocol.names import checked_digest
+
 Role = Literal["student", "teacher"]
 Kind = Literal["model", "adapter", "initial-adapter", "calibration", "evidence"]
 
@@ -52,3 +55,27 @@ class Release(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def files_for(self, role: Role) -> tuple[ReleaseFile, ...]:
         """What a node of `role` must hold to serve this release (evidence stays on the coordinator)."""
         return tuple(file for file in self.files if file.role == role and file.kind != "evidence")
+
+
+def checked_release(release: Release) -> Release:
+    """The release, if its parts fit one another. Both sides ask this: the coordinator before it signs, the node after it verified.
+
+    Raises:
+        BadInput: a number below 1, no model, a role and kind twice, a size below 1, or a digest that is none.
+        DoesNotFit: an adapter was made for another model than the one beside it.
+    """
+    if release.number < 1:
+        raise BadInput(f"release number {release.number} is not usable: the first is 1")
+    if not any(file.kind == "model" for file in release.files):
+        raise BadInput(f"release {release.number} has no model")
+    if len({(file.role, file.kind) for file in release.files}) != len(release.files):
+        raise BadInput(f"release {release.number} has two files of one role and kind")
+    for file in release.files:
+        checked_digest(file.digest)
+        if file.size < 1:
+            raise BadInput(f"release {release.number}: {file.name!r} is empty")
+        model = release.file(file.role, "model")
+        if file.kind in ("adapter", "initial-adapter") and (model is None or file.base_digest != model.digest):
+            base = model.digest[:12] if model else "none"
+            raise DoesNotFit(f"release {release.number}: {file.name!r} was made for model {file.base_digest[:12]}, the release has {base}")
+    return release
