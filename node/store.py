@@ -5,7 +5,7 @@ Rules:
  * What the site sent and what was answered stays here. Nothing in this file decides what leaves.
  * Old answers are pruned past a cap; examples confirmed by somebody are kept; refused input is kept with its reason, bounded.
  * An answer's `change` number rises with every change of any answer: who remembers the last one seen misses no upgrade.
-Limits: ANSWERS_KEPT, REFUSED_KEPT, SEEN_KEPT rows; about 1 kB a row.
+Limits: ANSWERS_KEPT and REFUSED_KEPT rows; about 1 kB a row.
 """
 
 import uuid
@@ -26,7 +26,6 @@ from protocol.tasks import Record
 ANSWERS_KEPT = 100_000  # rows; at one record a minute, ten weeks and about 100 MB
 REFUSED_KEPT = 1_000  # rows
 REFUSED_TEXT = 4_000  # characters kept of a refused input
-SEEN_KEPT = 20_000  # message ids; MQTT delivers twice within minutes, not after 20,000 others
 BUSY_TIMEOUT_S = 10.0  # seconds a writer waits for another; the training process holds the file for milliseconds
 HELD_OUT_SHARE = 5  # one example in five is never trained on
 SCHEMA = "1"
@@ -100,14 +99,6 @@ class RefusedRow(Base):
     text: Mapped[str]
 
 
-class SeenRow(Base):
-    """Ids of messages that were handled: a second delivery changes nothing."""
-
-    __tablename__ = "seen"
-    row: Mapped[int] = mapped_column(primary_key=True)
-    id: Mapped[str] = mapped_column(unique=True)
-
-
 class MetaRow(Base):
     """Small facts by name."""
 
@@ -160,12 +151,11 @@ class Store:
         """Close all connections."""
         self.engine.dispose()
 
-    def prune(self, *, answers: int = ANSWERS_KEPT, refused: int = REFUSED_KEPT, seen: int = SEEN_KEPT) -> int:
+    def prune(self, *, answers: int = ANSWERS_KEPT, refused: int = REFUSED_KEPT) -> int:
         """Delete the oldest rows past the caps; how many answers went. Provisional answers are kept: a reply may be under way."""
         with self.transaction() as session:
             gone = _keep_newest(session, AnswerRow, answers, AnswerRow.state != "provisional")
             _keep_newest(session, RefusedRow, refused)
-            _keep_newest(session, SeenRow, seen)
         return gone
 
     def examples(self, task: str, *, held_out: bool | None = None) -> list[LearningExample]:
@@ -212,15 +202,6 @@ def new_id() -> str:
 def next_change(session: Session) -> int:
     """The number of the next change. Unique because every transaction is IMMEDIATE."""
     return (session.scalar(select(func.max(AnswerRow.change))) or 0) + 1
-
-
-def first_time(session: Session, message_id: str) -> bool:
-    """Whether this message was never handled before; from now on it was."""
-    if session.scalar(select(SeenRow.row).where(SeenRow.id == message_id)) is not None:
-        return False
-    session.add(SeenRow(id=message_id))
-    session.flush()
-    return True
 
 
 def refuse(session: Session, text: str, *, reason: str, origin: str, now: float) -> None:
