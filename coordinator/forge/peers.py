@@ -1,0 +1,77 @@
+"""Systems a user might pick instead of ours, asked for the same answers on the same records.
+
+Apertium is Debian's offline machine translation: a subprocess with a deadline, its version recorded beside its figures. Reference texts
+are never given to it. (An uncorrected teacher is asked by `evaluation.few_shot`.)
+"""
+
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from protocol.errors import BadInput, MilpaError, Unavailable
+from protocol.tasks import Record, Task
+
+DEADLINE_S = 300.0  # seconds for all records; it does 5,000 words a second
+PAIRS = {"translate-english-spanish": "eng-spa", "translate-spanish-english": "spa-eng"}
+NAMES = ("apertium",)
+
+
+class NotInstalled(MilpaError):
+    """A peer system is not on this machine; the message has the line that installs it."""
+
+    exit_code = 4
+
+
+class PeerAnswers(msgspec.Struct, frozen=True):
+    """What a peer system answered."""
+
+    texts: tuple[str, ...]  # one a record, in order
+    name: str  # "apertium eng-spa"
+    version: str
+    seconds: float  # all records, wall clock
+
+
+def apertium(records: Sequence[Record], task: Task) -> PeerAnswers:
+    """Translate the records' sources with Apertium, unknown words without their mark.
+
+    Raises:
+        BadInput: not a language pair that Apertium's Debian packages have here.
+        NotInstalled: the program or its language data is missing.
+        Unavailable: it failed, took longer than DEADLINE_S, or lost a line.
+    """
+    pair = PAIRS.get(task.name)
+    if pair is None:
+        raise BadInput(f"there is no Apertium peer for task {task.name!r}; it has: {', '.join(PAIRS)}")
+    program = shutil.which("apertium")
+    if program is None or pair not in _run([program, "-l"], "").split():
+        raise NotInstalled(f"the peer apertium {pair} is not installed: sudo apt-get install apertium-eng-spa")
+    sources = [" ".join(record.source.split()) for record in records]  # one line a record
+    started = time.perf_counter()
+    texts = _run([program, "-u", "-f", "line", pair], "".join(f"{source}\n" for source in sources)).split("\n")[:-1]
+    seconds = time.perf_counter() - started
+    if len(texts) != len(records):
+        raise Unavailable(f"apertium answered {len(texts)} lines for {len(records)} records; its texts cannot be told apart")
+    return PeerAnswers(tuple(texts), f"apertium {pair}", _version(program), seconds)
+
+
+def _run(command: Sequence[str], text: str) -> str:
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=DEADLINE_S, check=False, encoding="utf-8")
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"{command[0]} took longer than {DEADLINE_S:.0f} s") from error
+    if done.returncode != 0:
+        raise Unavailable(f"{command[0]} failed: {done.stderr.strip().splitlines()[-1:] or [f'exit code {done.returncode}']}")
+    return done.stdout
+
+
+def _version(program: str) -> str:
+    """What Debian says is installed, else what the program says of itself."""
+    if shutil.which("dpkg-query"):
+        command = ["dpkg-query", "-W", "-f", "${Package} ${Version}; ", "apertium", "apertium-eng-spa"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        if done.returncode == 0:
+            return done.stdout.strip("; ")
+    return " ".join(_run([program, "-V"], "").split("\n")[0].split())
