@@ -11,7 +11,8 @@ MilpaError
  |   |- WrongDigest        a file is not what the signed metadata says
  |   `- DoesNotFit         signed and intact, but not for this machine or this base model
  |- Unavailable           something outside did not answer within its deadline; try again later
- |   `- PortInUse          another program listens where we should
+ |   |- PortInUse          another program listens where we should
+ |   `- ConnectionLost     a message was under way when its connection ended: it may or may not have arrived
  `- NotEnough             disk, memory, examples or time: the message names the figure and the need
 
 Command lines print `str(error)` as one line and exit with `exit_code`.
@@ -72,6 +73,10 @@ class Unavailable(MilpaError):
 
 class PortInUse(Unavailable):
     """Another program listens where we should."""
+
+
+class ConnectionLost(Unavailable):
+    """A message was under way when its connection ended. It may or may not have arrived."""
 
 
 class NotEnough(MilpaError):

@@ -1,0 +1,451 @@
+"""What must still be said: a durable outbox in the caller's own database, and the memory of what was already heard.
+
+A message enters the outbox in the same transaction as the fact it reports, so after any kill there are both or neither. A drain thread
+hands it to the broker and hands it over again until it is settled. What settles depends on the kind:
+
+kind       settled by                               resent after                    dropped for space
+question   `settle`, when its reply was applied     60 s, doubling to an hour       first
+reply      the broker's PUBACK                      -                               second
+event      the coordinator's Ack (`settle`)         60 s, doubling to an hour       last
+
+A PUBACK is the broker's word that it has the message, not the receiver's: so receivers are idempotent by id (`Inbox`), and we repeat.
+Oldest first; at most IN_FLIGHT at once; a message past `expires` leaves unsent.
+Poison: when a connection ends, what was in flight is suspect and travels alone from then on; STRIKES ended connections and the message is
+parked with the reason, and the next one leaves. Full: the oldest of the class that matters least goes, and a line stays in `parked`.
+`put` fails for a single message that is too large and never for fullness: a node must go on answering when nobody listens for a month.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Literal, NamedTuple, Protocol
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
+
+from protocol.errors import BadInput, ConnectionLost, TooLarge, Unavailable
+from protocol.names import known
+
+MESSAGE_LIMIT = 64 * 1024  # bytes of one payload, as in codec
+ROW_LIMIT = 10_000  # messages waiting; a week at one a minute
+SIZE_LIMIT = 32 * 1024 * 1024  # bytes of payload waiting
+PARKED_LIMIT = 500  # rows kept for the operator
+IN_FLIGHT = 10  # handed to the broker and not acknowledged; half of what a session allows, the rest is for status and replies
+STRIKES = 3  # ended connections until a message is parked
+RESEND_S, RESEND_CAP_S = 60.0, 3_600.0
+RETRY_S = 2.0  # seconds until a message is tried again that the broker could not take
+REFUSED_S = 300.0  # seconds until one that it did not want to take
+SWEEP_S = 5.0  # seconds between two looks for what expired
+POLL_S = 1.0  # how long a put may wait for a drain that nobody woke
+PUBACK_DEADLINE_S = 30.0  # then the message is handed over again
+HORIZON_S = 14 * 86_400  # seconds an id is remembered; longer than any message lives
+HORIZON_ROWS = 50_000  # ids remembered; about 5 MB
+
+Kind = Literal["question", "reply", "event"]
+DROP_ORDER: tuple[Kind, ...] = ("question", "reply", "event")
+SETTLED_BY_PUBACK = ("reply",)
+
+log = logging.getLogger(__name__)
+metadata = sa.MetaData()
+
+outbox = sa.Table(
+    "outbox", metadata,
+    sa.Column("position", sa.Integer, primary_key=True),  # order of entry
+    sa.Column("id", sa.String(64), nullable=False, unique=True),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("topic", sa.String(255), nullable=False),
+    sa.Column("payload", sa.LargeBinary, nullable=False),
+    sa.Column("size", sa.Integer, nullable=False),
+    sa.Column("expires", sa.Float, nullable=False),  # seconds since 1970 on this machine's clock; 0: never
+    sa.Column("response_topic", sa.String(255), nullable=False),
+    sa.Column("correlation", sa.LargeBinary, nullable=False),
+    sa.Column("sent", sa.Integer, nullable=False, default=0),  # times the broker acknowledged it
+    sa.Column("strikes", sa.Integer, nullable=False, default=0),  # connections that ended with it in flight
+    sa.Column("due", sa.Float, nullable=False, default=0.0),  # not to be handed over before
+    sa.Index("outbox_size", "kind", "size"),  # count and sum are read from the index alone
+    sqlite_autoincrement=True,
+)  # fmt: skip
+
+parked = sa.Table(
+    "outbox_parked", metadata,
+    sa.Column("position", sa.Integer, primary_key=True),
+    sa.Column("id", sa.String(64), nullable=False),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("topic", sa.String(255), nullable=False),
+    sa.Column("payload", sa.LargeBinary, nullable=False),  # empty when it was dropped for space
+    sa.Column("reason", sa.String(300), nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+    sqlite_autoincrement=True,
+)  # fmt: skip
+
+inbox = sa.Table(
+    "inbox", metadata,
+    sa.Column("position", sa.Integer, primary_key=True),
+    sa.Column("id", sa.String(128), nullable=False, unique=True),
+    sa.Column("at", sa.Float, nullable=False),
+    sqlite_autoincrement=True,
+)  # fmt: skip
+
+
+class Executes(Protocol):
+    """A SQLAlchemy Connection or ORM Session inside the caller's transaction."""
+
+    def execute(self, statement: Any, /) -> Any:
+        """Run one statement."""
+
+
+class Link(Protocol):
+    """What the drain needs of `protocol.mqtt.Session`."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether a message could leave now."""
+
+    def send(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        response_topic: str | None = None,
+        correlation: bytes | None = None,
+        expiry: int | None = None,
+        timeout: float = 0.0,
+    ) -> "Future[None]":
+        """Hand over; the future ends with None at the PUBACK, or with an error."""
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """One message in the outbox."""
+
+    id: str
+    kind: str
+    topic: str
+    payload: bytes
+    expires: float
+    response_topic: str
+    correlation: bytes
+    sent: int
+    strikes: int
+
+
+class Parked(msgspec.Struct, frozen=True):
+    """One message that will not leave, and why."""
+
+    id: str
+    kind: str
+    topic: str
+    payload: bytes
+    reason: str
+    at: float
+
+
+class Outbox:
+    """The outbox in `engine`'s database. Makes its tables.
+
+    Args:
+        clock: seconds since 1970. Only differences matter, so a board that woke in 1970 works; `expires` is read on this clock.
+        on_dropped: told (id, kind, reason) of every message that left undelivered, after the transaction that removed it.
+    """
+
+    def __init__(
+        self,
+        engine: sa.Engine,
+        *,
+        row_limit: int = ROW_LIMIT,
+        size_limit: int = SIZE_LIMIT,
+        clock: Callable[[], float] = time.time,
+        resend: float = RESEND_S,
+        on_dropped: Callable[[str, str, str], None] | None = None,
+    ) -> None:
+        self.engine, self.row_limit, self.size_limit, self.clock, self.resend = engine, row_limit, size_limit, clock, resend
+        self._on_dropped = on_dropped
+        self.woken = threading.Event()
+        metadata.create_all(engine)
+
+    def put(
+        self,
+        session: Executes,
+        topic: str,
+        payload: bytes,
+        *,
+        id: str,
+        kind: Kind,
+        expires: float = 0.0,
+        response_topic: str = "",
+        correlation: bytes = b"",
+    ) -> bool:
+        """Queue a message inside the caller's transaction. Returns False, changing nothing, when `id` waits already.
+
+        Args:
+            expires: seconds since 1970; 0 for never. The broker is told the same span.
+
+        Raises:
+            TooLarge: over MESSAGE_LIMIT.
+            BadInput: an unknown kind, no topic or no id.
+        """
+        if len(payload) > MESSAGE_LIMIT:
+            raise TooLarge(f"a message of {len(payload)} bytes does not go into the outbox, the limit is {MESSAGE_LIMIT}")
+        if not id or not topic:
+            raise BadInput("a message needs an id and a topic")
+        known(kind, DROP_ORDER, what="kind of message")
+        done = session.execute(
+            insert(outbox)
+            .values(
+                id=id, kind=kind, topic=topic, payload=payload, size=len(payload), expires=expires,
+                response_topic=response_topic, correlation=correlation, sent=0, strikes=0, due=0.0,
+            )
+            .on_conflict_do_nothing(index_elements=["id"])
+        )  # fmt: skip
+        if done.rowcount == 0:
+            return False
+        self._make_room(session)
+        return True
+
+    def settle(self, session: Executes, *ids: str) -> int:
+        """Forget messages whose receiver has answered, inside the caller's transaction. Returns how many were still waiting."""
+        return int(session.execute(sa.delete(outbox).where(outbox.c.id.in_(ids))).rowcount)
+
+    def wake(self) -> None:
+        """Tell the drain to look now; call it after a commit."""
+        self.woken.set()
+
+    def depth(self, session: Executes | None = None) -> int:
+        """How many messages wait."""
+        count = sa.select(sa.func.count()).select_from(outbox)
+        if session is not None:
+            return int(session.execute(count).scalar_one())
+        with self.engine.begin() as connection:
+            return int(connection.execute(count).scalar_one())
+
+    def waiting(self) -> list[Waiting]:
+        """All messages in order of entry."""
+        with self.engine.begin() as connection:
+            return [_waiting(row) for row in connection.execute(sa.select(outbox).order_by(outbox.c.position))]
+
+    def parked(self) -> list[Parked]:
+        """What will not leave, oldest first."""
+        with self.engine.begin() as connection:
+            rows = connection.execute(sa.select(parked).order_by(parked.c.position)).all()
+        return [Parked(row.id, row.kind, row.topic, row.payload, row.reason, row.at) for row in rows]
+
+    # ---- the drain's own steps; each is one transaction
+
+    def due(self, limit: int, *, without: frozenset[str] = frozenset()) -> list[Waiting]:
+        """The oldest messages that may leave now. A suspect one comes alone, and only when nothing is in flight."""
+        now = self.clock()
+        may_leave = sa.and_(
+            sa.or_(outbox.c.due <= now, outbox.c.due > now + RESEND_CAP_S),  # the second: the clock was set back
+            sa.or_(outbox.c.expires == 0, outbox.c.expires > now),
+        )
+        query = sa.select(outbox).where(may_leave).order_by(outbox.c.position).limit(limit + len(without))
+        with self.engine.begin() as connection:
+            rows = [_waiting(row) for row in connection.execute(query)]
+        rows = [row for row in rows if row.id not in without][:limit]
+        suspect = next((index for index, row in enumerate(rows) if row.strikes), None)
+        if suspect is None:
+            return rows
+        if suspect > 0:
+            return rows[:suspect]
+        return [] if without else rows[:1]
+
+    def handed_over(self, id: str) -> None:
+        """The broker has it: a reply is done, the others wait for their receiver's word and leave again when it does not come."""
+        with self.engine.begin() as connection:
+            row = connection.execute(sa.select(outbox.c.kind, outbox.c.sent).where(outbox.c.id == id)).one_or_none()
+            if row is None:
+                return  # settled meanwhile
+            if row.kind in SETTLED_BY_PUBACK:
+                connection.execute(sa.delete(outbox).where(outbox.c.id == id))
+            else:
+                wait = min(RESEND_CAP_S, self.resend * 2.0 ** min(row.sent, 30))
+                connection.execute(sa.update(outbox).where(outbox.c.id == id).values(sent=row.sent + 1, strikes=0, due=self.clock() + wait))
+
+    def postpone(self, id: str, seconds: float) -> None:
+        """Not before `seconds` from now."""
+        with self.engine.begin() as connection:
+            connection.execute(sa.update(outbox).where(outbox.c.id == id).values(due=self.clock() + seconds))
+
+    def strike(self, id: str, *, why: str) -> None:
+        """A connection ended with this message in flight: from the first time on it travels alone, the STRIKES-th time it is parked."""
+        with self.engine.begin() as connection:
+            row = connection.execute(sa.select(outbox).where(outbox.c.id == id)).one_or_none()
+            if row is None:
+                return
+            strikes = row.strikes + 1
+            if strikes < STRIKES:
+                connection.execute(sa.update(outbox).where(outbox.c.id == id).values(strikes=strikes))
+                return
+            reason = f"{strikes} connections ended while it was in flight; the last: {why}"
+            self._park(connection, row, reason, keep=True)
+        self._tell(row.id, row.kind, reason)
+
+    def park(self, id: str, reason: str) -> None:
+        """Take a message out for good, keeping it for the operator."""
+        with self.engine.begin() as connection:
+            row = connection.execute(sa.select(outbox).where(outbox.c.id == id)).one_or_none()
+            if row is None:
+                return
+            self._park(connection, row, reason, keep=True)
+        self._tell(row.id, row.kind, reason)
+
+    def sweep(self) -> int:
+        """Remove what expired; how many."""
+        now = self.clock()
+        expired = sa.and_(outbox.c.expires > 0, outbox.c.expires <= now)
+        with self.engine.begin() as connection:
+            rows = connection.execute(sa.select(outbox.c.id, outbox.c.kind).where(expired)).all()
+            if rows:
+                connection.execute(sa.delete(outbox).where(expired))
+        for row in rows:
+            self._tell(row.id, row.kind, "expired")
+        return len(rows)
+
+    def _make_room(self, session: Executes) -> None:
+        rows, size = session.execute(sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(outbox.c.size), 0)).select_from(outbox)).one()
+        for kind in DROP_ORDER:
+            while rows > self.row_limit or size > self.size_limit:
+                oldest = session.execute(sa.select(outbox).where(outbox.c.kind == kind).order_by(outbox.c.position).limit(1)).one_or_none()
+                if oldest is None:
+                    break
+                reason = f"outbox full ({rows} messages, {size} bytes); the oldest {kind} went"
+                self._park(session, oldest, reason, keep=False)
+                rows, size = rows - 1, size - oldest.size
+
+    def _park(self, session: Executes, row: Any, reason: str, *, keep: bool) -> None:
+        session.execute(sa.delete(outbox).where(outbox.c.position == row.position))
+        session.execute(
+            sa.insert(parked).values(
+                id=row.id, kind=row.kind, topic=row.topic, payload=row.payload if keep else b"", reason=reason[:300], at=self.clock()
+            )
+        )
+        newest = sa.select(sa.func.max(parked.c.position)).scalar_subquery()
+        session.execute(sa.delete(parked).where(parked.c.position <= newest - PARKED_LIMIT))
+
+    def _tell(self, id: str, kind: str, reason: str) -> None:
+        log.info("outbox: %s %s left undelivered: %s", kind, id, reason)
+        if self._on_dropped is not None:
+            try:
+                self._on_dropped(id, kind, reason)
+            except Exception:
+                log.exception("outbox: the listener for dropped messages failed")
+
+
+class Inbox:
+    """Ids of messages that were handled. Kept for `horizon` seconds and at most HORIZON_ROWS."""
+
+    def __init__(self, engine: sa.Engine, *, horizon: float = HORIZON_S, clock: Callable[[], float] = time.time) -> None:
+        self.engine, self.horizon, self.clock = engine, horizon, clock
+        metadata.create_all(engine)
+
+    def seen(self, session: Executes, id: str) -> bool:
+        """Whether `id` was handled before; from the end of the caller's transaction on it was."""
+        done = session.execute(insert(inbox).values(id=id, at=self.clock()).on_conflict_do_nothing(index_elements=["id"]))
+        return bool(done.rowcount == 0)
+
+    def sweep(self) -> int:
+        """Forget ids past the horizon; how many."""
+        with self.engine.begin() as connection:
+            newest = sa.select(sa.func.max(inbox.c.position)).scalar_subquery()
+            old = sa.or_(inbox.c.at < self.clock() - self.horizon, inbox.c.position <= newest - HORIZON_ROWS)
+            return int(connection.execute(sa.delete(inbox).where(old)).rowcount)
+
+
+class Drain:
+    """The thread that hands the outbox over. Owns nothing durable: killed anywhere, the next one starts where the table says."""
+
+    def __init__(self, box: Outbox, link: Link, *, in_flight: int = IN_FLIGHT, poll: float = POLL_S, inbox: Inbox | None = None) -> None:
+        self.outbox, self.link, self.in_flight, self.poll, self.inbox = box, link, in_flight, poll, inbox
+        self._flying: dict[str, _Flight] = {}
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._next_sweep = 0.0
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """End the thread within `timeout` seconds. What is in flight stays in the table."""
+        self._stopping.set()
+        self.outbox.wake()
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def step(self) -> int:
+        """One round: book what ended, sweep, hand over what may leave. Returns how many are in flight."""
+        for id, flight in list(self._flying.items()):
+            if flight.future.done() or time.monotonic() > flight.deadline:
+                del self._flying[id]
+                self._book(id, flight.future)
+        if time.monotonic() >= self._next_sweep:
+            self._next_sweep = time.monotonic() + SWEEP_S
+            self.outbox.sweep()
+            if self.inbox is not None:
+                self.inbox.sweep()
+        if self.link.connected and not any(flight.suspect for flight in self._flying.values()):
+            self._hand_over()
+        return len(self._flying)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self.outbox.woken.clear()
+            try:
+                self.step()
+            except Exception:  # a locked or full disk: the rows are safe, the next round tries again
+                log.exception("outbox: a round failed")
+                self._stopping.wait(self.poll)
+            self.outbox.woken.wait(self.poll)
+
+    def _book(self, id: str, future: "Future[None]") -> None:
+        error = future.exception() if future.done() else Unavailable("no PUBACK in time")
+        match error:
+            case None:
+                self.outbox.handed_over(id)
+            case TooLarge():
+                self.outbox.park(id, str(error))
+            case ConnectionLost():
+                self.outbox.strike(id, why=str(error))
+            case BadInput():  # an operator can repair the broker's access list, so the message waits
+                log.error("outbox: %s waits: %s", id, error)
+                self.outbox.postpone(id, REFUSED_S)
+            case _:
+                self.outbox.postpone(id, RETRY_S)
+
+    def _hand_over(self) -> None:
+        for row in self.outbox.due(self.in_flight - len(self._flying), without=frozenset(self._flying)):
+            expiry = None if row.expires == 0 else max(1, int(row.expires - self.outbox.clock()))
+            try:
+                future = self.link.send(
+                    row.topic,
+                    row.payload,
+                    response_topic=row.response_topic or None,
+                    correlation=row.correlation or None,
+                    expiry=expiry,
+                    timeout=1.0,
+                )
+            except TooLarge as error:
+                self.outbox.park(row.id, str(error))
+                continue
+            except Unavailable:
+                return  # no room in the session: the next round
+            self._flying[row.id] = _Flight(future, time.monotonic() + PUBACK_DEADLINE_S, row.strikes > 0)
+            future.add_done_callback(lambda _: self.outbox.wake())
+
+
+class _Flight(NamedTuple):
+    future: "Future[None]"
+    deadline: float  # monotonic seconds
+    suspect: bool  # nothing else is handed over meanwhile
+
+
+def _waiting(row: Any) -> Waiting:
+    return Waiting(row.id, row.kind, row.topic, row.payload, row.expires, row.response_topic, row.correlation, row.sent, row.strikes)
