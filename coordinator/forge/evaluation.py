@@ -43,7 +43,8 @@ class Scored(msgspec.Struct, frozen=True):
     site: str
     text: str
     chrf: float  # sentence chrF2, 0 to 100: of the text, or of the sentence after the verdict
-    verdict: str = ""
+    verdict: str = ""  # what the model said; "" where it is not of the task's form
+    expected: str = ""  # verdict tasks: the truth
     correct: bool = False  # verdict tasks: the code is right
     features: tuple[float, ...] = ()  # protocol.confidence.FEATURES; empty when the answer came as text only
     seconds: float = 0.0
@@ -169,7 +170,7 @@ def judged(records: Sequence[Record], task: Task, answers: Sequence[Answered], *
     said, wanted = [answer.sentence for answer in parsed], [answer.sentence for answer in truth]
     scored = tuple(
         Scored(
-            id=record.id, site=record.site, text=mine.text, chrf=chrf, verdict=mine.verdict,
+            id=record.id, site=record.site, text=mine.text, chrf=chrf, verdict=mine.verdict, expected=right.verdict,
             correct=bool(mine.verdict) and mine.verdict == right.verdict, features=answer.features, seconds=answer.seconds,
             tokens=answer.tokens, stopped=answer.stopped,
         )
