@@ -46,7 +46,7 @@ class AdapterHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return sum(self.rank * (module.inputs + module.outputs) for module in self.modules)
 
 
-class AdapterQuestion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class AdapterQuestion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="question"):
     """The one question of a round: "what have you for release R?" Travels as JSON in a Flower message."""
 
     release: int
@@ -54,9 +54,16 @@ class AdapterQuestion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     initial_digest: str
 
 
+class AdapterReceipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="receipt"):
+    """ "Yours is on the coordinator's disk": the node may end its window. Flower drops the reply of a node that left before."""
+
+    digest: str
+
+
 AdapterCode = Literal[
     "adapter",  # the flat array is with this reply
     "nothing",  # nothing trained for that base and initial adapter
+    "noted",  # answers a receipt
     "damaged",  # what was stored no longer matches its digest
     "failed",  # something else went wrong; the reason stays in the node's own log
 ]

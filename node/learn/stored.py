@@ -1,0 +1,87 @@
+"""The trained adapter on disk: `learn/<release>/adapter.npy` and `header.json`, the second naming the first by digest.
+
+The header is written last, atomically, so an adapter is there whole or not at all; what no longer fits its digest is damaged and said so.
+"""
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from protocol import codec
+from protocol.adapters import AdapterHeader, AdapterQuestion, AdapterReply, Flat
+from protocol.blobs import write_atomically
+from protocol.digests import digest_bytes
+from protocol.errors import MilpaError, WrongDigest
+
+HEADER_LIMIT = 256 * 1024  # bytes
+
+
+class StoredHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """header.json: what the adapter is, and which bytes it is."""
+
+    digest: str  # SHA-256 of the flat array's bytes
+    header: AdapterHeader
+
+
+def folder(state_dir: Path, release: int) -> Path:
+    """Where a release's adapter lies."""
+    return state_dir / "learn" / str(release)
+
+
+def save(state_dir: Path, flat: Flat, header: AdapterHeader) -> Path:
+    """Store an adapter for its release, replacing an earlier one. Returns the folder."""
+    target = folder(state_dir, header.release)
+    held = BytesIO()
+    np.save(held, np.ascontiguousarray(flat, dtype="<f4"), allow_pickle=False)
+    digest = digest_bytes(flat.astype("<f4").tobytes())
+    name = f"adapter-{digest[:16]}.npy"
+    write_atomically(target / name, held.getvalue())
+    write_atomically(target / "header.json", codec.encode(StoredHeader(digest, header)))
+    for old in target.glob("adapter-*.npy"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
+    return target
+
+
+def load(state_dir: Path, release: int) -> tuple[StoredHeader, Flat] | None:
+    """The adapter trained on that release, or None.
+
+    Raises:
+        MalformedMessage: header.json does not decode.
+        WrongDigest: the array is not the one the header names.
+    """
+    here = folder(state_dir, release)
+    if not (here / "header.json").is_file():
+        return None
+    stored = codec.decode_as((here / "header.json").read_bytes(), StoredHeader, limit=HEADER_LIMIT, what=str(here / "header.json"))
+    try:
+        flat: Any = np.load(here / f"adapter-{stored.digest[:16]}.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise WrongDigest(f"the adapter in {here} cannot be read; run `milpa-node learn` again") from error
+    if digest_bytes(flat.tobytes()) != stored.digest:
+        raise WrongDigest(f"the adapter in {here} is not the one its header names; run `milpa-node learn` again")
+    return stored, flat
+
+
+def answer(state_dir: Path, node: str, question: AdapterQuestion) -> tuple[AdapterReply, Flat | None]:
+    """What this node has for that question: the newest adapter with the same base and start, not newer than the release asked for.
+
+    Never raises: whatever goes wrong becomes a code, because a reply's text would leave the site.
+    """
+    try:
+        releases = sorted((int(path.name) for path in (state_dir / "learn").glob("[0-9]*") if path.name.isdigit()), reverse=True)
+        for release in releases:
+            found = load(state_dir, release) if release <= question.release else None
+            if found is None:
+                continue
+            stored, flat = found
+            if (stored.header.base_digest, stored.header.initial_digest) == (question.base_digest, question.initial_digest):
+                return AdapterReply(node, "adapter", stored.digest, stored.header), flat
+    except MilpaError:
+        return AdapterReply(node, "damaged"), None
+    except Exception:
+        return AdapterReply(node, "failed"), None
+    return AdapterReply(node, "nothing"), None
