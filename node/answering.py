@@ -35,6 +35,10 @@ from protocol.tasks import Answer, Record, Task, task_named
 PEER_WEIGHT_FLOOR = 0.1  # an example a peer was unsure of still counts a little
 
 
+class NoSuchAnswer(UnknownName):
+    """No answer by that id is stored here."""
+
+
 class Asking(Protocol):
     """What answering needs of escalation. Both calls write inside the caller's transaction and send nothing."""
 
@@ -187,14 +191,15 @@ class Answering:
         """The operator's word on an answer: a verdict, a text, or both. Makes an example; outranks any peer.
 
         Raises:
-            UnknownName: no such answer, or a verdict the task does not know.
+            NoSuchAnswer: as it says.
+            UnknownName: a verdict the task does not know.
             BadInput: neither verdict nor text, or the two disagree.
         """
         now = self._clock()
         with self.store.transaction() as session:
             row = session.scalar(select(AnswerRow).where(AnswerRow.id == answer_id))
             if row is None:
-                raise UnknownName(f"no answer {answer_id!r} here; it may have been pruned")
+                raise NoSuchAnswer(f"no answer {answer_id!r} here; it may have been pruned")
             answer, partial = read_correction(task_named(row.task), row, verdict=verdict, text=text)
             same = answer.text == row.text
             _change(session, row, state="confirmed" if same else "corrected", by=OPERATOR, answer=answer, now=now)

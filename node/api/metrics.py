@@ -1,0 +1,49 @@
+"""What the node counts, for Prometheus. Base units; every name begins with `milpa_node_`. No record's text, ever."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from node.answering import Given
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+SHARES = tuple(round(0.1 * step, 1) for step in range(1, 11))
+
+
+class Metrics:
+    """The node's own registry: nothing of the process, nothing global."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._answers = Counter("milpa_node_answers", "Local answers, by the state they began in", ["state"], registry=self.registry)
+        self._changes = Counter("milpa_node_answer_changes", "Answers that changed later, by new state", ["state"], registry=self.registry)
+        self._requests = Counter("milpa_node_requests", "HTTP requests, by path and status", ["path", "status"], registry=self.registry)
+        self._prompt = Counter("milpa_node_prompt_tokens", "Tokens read by the model", registry=self.registry)
+        self._generated = Counter("milpa_node_generated_tokens", "Tokens written by the model", registry=self.registry)
+        self._seconds = Histogram("milpa_node_answer_seconds", "The model's time an answer", buckets=SECONDS, registry=self.registry)
+        self._confidence = Histogram("milpa_node_confidence", "Confidence of local answers", buckets=SHARES, registry=self.registry)
+
+    def answered(self, given: Given) -> None:
+        """A local answer was given."""
+        generation = given.spoken.generation
+        self._answers.labels(given.state).inc()
+        self._prompt.inc(generation.prompt_tokens)
+        self._generated.inc(len(generation.tokens))
+        self._seconds.observe(generation.seconds)
+        self._confidence.observe(given.judgement.confidence)
+
+    def changed(self, state: str) -> None:
+        """A reply, the operator or the clock changed an answer."""
+        self._changes.labels(state).inc()
+
+    def requested(self, path: str, status: int) -> None:
+        """An HTTP request was answered."""
+        self._requests.labels(path, str(status)).inc()
+
+    def watch(self, name: str, what: str, value: Callable[[], float]) -> None:
+        """A figure that is read when asked for: `milpa_node_NAME`."""
+        Gauge(f"milpa_node_{name}", what, registry=self.registry).set_function(value)
+
+    def render(self) -> bytes:
+        """The text format."""
+        return generate_latest(self.registry)
