@@ -3,6 +3,7 @@
 It loads in llama.cpp, tokenises any text (bytes as fall-back) and answers nonsense. The same arguments make the same bytes.
 """
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from protocol.models.checkpoint import (
     encode_tensor,
 )
 
-WORDS = """
-normal irrigation due saturated soil crop stress leak dry run clogged filter valve stuck tank low overflow sensor offset rain blocked
-panel soiled battery cold aged gateway loss radio weak the is and water pump flow level moisture since hours note night sun power
-el la de agua bomba tanque suelo seco riego hoja nota noche sin fuga nivel del que en es y por con the cat sat on a mat English Spanish
-""".split()
+WORDS = (
+    "normal irrigation due saturated soil crop stress leak dry run clogged filter valve stuck tank low overflow sensor "
+    "offset rain blocked panel soiled battery cold aged gateway loss radio weak the is and water pump flow "
+    "level moisture since hours note night sun power el la de agua bomba tanque suelo seco riego hoja "
+    "nota noche sin fuga nivel del que en es y por con the cat sat on a mat "
+    "English Spanish"
+).split()
 
 CHARACTERS = "▁\nabcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789áéíóúñüÁÉÍÓÚÑ¿¡.,:;!?'\"()%/+-=_*&"
 
@@ -40,7 +43,7 @@ def tiny_vocabulary(words: list[str] | None = None) -> Vocabulary:
     while True:
         pairs: Counter[tuple[str, str]] = Counter()
         for pieces, count in spelled.items():
-            for pair in zip(pieces, pieces[1:], strict=False):
+            for pair in itertools.pairwise(pieces):
                 pairs[pair] += count
         if not pairs:
             break

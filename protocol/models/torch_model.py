@@ -209,7 +209,9 @@ class KeyValues:
 
 
 @torch.inference_mode()
-def generate(model: Gemma3ForCausalLM, prompts: list[list[int]], *, max_new_tokens: int, eos: int, stop: int | None = None) -> list[list[int]]:
+def generate(
+    model: Gemma3ForCausalLM, prompts: list[list[int]], *, max_new_tokens: int, eos: int, stop: int | None = None
+) -> list[list[int]]:
     """Greedy continuation of a batch of prompts, without the end token; finished rows leave the batch.
 
     `stop` is a further token that ends an answer (the line break).
