@@ -121,13 +121,9 @@ def write(out: Path, figures: dict[str, Any], result: "Evaluation") -> None:
     """Figures and answers as JSON; the file is whole or not there."""
     import msgspec
 
-    draft = out.with_name(out.name + ".part")
-    try:
-        draft.write_bytes(msgspec.json.format(msgspec.json.encode(figures | {"answers": result.answers})))
-        draft.replace(out)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
+    from protocol.blobs import write_atomically
+
+    write_atomically(out, msgspec.json.format(msgspec.json.encode(figures | {"answers": result.answers})))
 
 
 def show(figures: dict[str, Any]) -> None:
