@@ -39,7 +39,7 @@ COORDINATOR = "coordinator"
 Program = Literal["mosquitto", "iotcore"]
 
 IOTCORE_MAIN = "import sys; from iotcore.iotcore import IotCoreBroker; IotCoreBroker(config_path=sys.argv[1]).run_forever()"
-SIMULATION_ONLY = "simulation only: mosquitto is not installed, so the iotcore broker runs: no access lists, no persistence. For real use: apt install mosquitto"
+SIMULATION_ONLY = "simulation only: iotcore is the broker, without access lists and persistence. For anything real: apt install mosquitto"
 
 
 def mosquitto_conf(
