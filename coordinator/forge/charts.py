@@ -1,0 +1,188 @@
+"""The few charts of evidence and reports, as inline SVG that follows the page's light or dark colours.
+
+matplotlib draws with stand-in colours that are replaced by CSS custom properties; text stays text in the page's own font. Labels are at
+the data and not in a legend, intervals are bars or bands, every axis has its unit. Every figure comes from the caller's numbers.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+INK, MUTED, LINE, ACCENT, FAINT = "#010101", "#020202", "#030303", "#040404", "#050505"
+VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", ACCENT: "var(--accent)", FAINT: "var(--faint)"}
+WIDTH = 7.0  # inches; the SVG scales with the page
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none", "font.size": 9.5, "axes.edgecolor": LINE, "axes.linewidth": 0.8, "axes.labelcolor": MUTED,
+    "axes.spines.top": False, "axes.spines.right": False, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.major.size": 0,
+    "ytick.major.size": 0, "text.color": INK, "axes.titlesize": 9.5, "axes.titlecolor": INK, "axes.titlelocation": "left",
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "font.family": "DejaVu Sans",
+    "lines.solid_capstyle": "butt",
+}  # fmt: skip
+
+Row = tuple[str, float, Sequence[float] | None, bool]  # label, value, [low, high], stands out
+
+
+def _draw(paint: Any, *, height: float, label: str, columns: int = 1, width: float = WIDTH) -> str:
+    """An <svg> element with what `paint(axes)` drew; `axes` is one, or a list when there are columns."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(1, columns)
+        paint(axes if columns == 1 else list(axes))
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    for stand_in, variable in VARIABLES.items():
+        svg = svg.replace(stand_in, variable)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{_plain(label)}"', 1)
+
+
+def bars(rows: Sequence[Row], *, unit: str, label: str, share: bool = True) -> str:
+    """Horizontal points with their 95% intervals, one row each, value written at the end; zero on the axis."""
+    scale = 100.0 if share else 1.0
+
+    def paint(axes: Any) -> None:
+        top = max([scale * row[1] for row in rows] + [scale * row[2][1] for row in rows if row[2]] + [1e-9])
+        for place, (_, value, interval, strong) in enumerate(reversed(rows)):
+            colour = ACCENT if strong else MUTED
+            axes.barh(place, scale * value, height=0.34, color=colour, alpha=0.85 if strong else 0.35, linewidth=0)
+            end = scale * value
+            if interval:
+                axes.plot([scale * interval[0], scale * interval[1]], [place, place], color=INK, linewidth=1.1)
+                end = max(end, scale * interval[1])
+            axes.text(end + top * 0.012, place, f"{scale * value:.1f}", va="center", color=INK, fontweight="bold" if strong else "normal")
+        axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
+        for text, row in zip(axes.get_yticklabels(), reversed(rows), strict=True):
+            text.set_color(INK if row[3] else MUTED)
+        axes.set_xlim(0, min(top * 1.09, 108) if share else top * 1.09)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlabel(unit)
+        axes.spines["left"].set_visible(False)
+        _grid(axes, "x")
+
+    return _draw(paint, height=0.62 + 0.3 * len(rows), label=label)
+
+
+def deferral(curves: Mapping[str, Sequence[Sequence[float]]], *, points: Mapping[str, tuple[float, float]], unit: str, label: str) -> str:
+    """Quality against the share of questions asked of the peer. The last curve stands out; a dot marks where the threshold works.
+
+    The dotted straight line between a curve's ends is what asking at random would give.
+    """
+
+    def paint(axes: Any) -> None:
+        _deferral(axes, curves, points, unit)
+
+    return _draw(paint, height=3.0, label=label, width=4.6)
+
+
+def _deferral(axes: Any, curves: Mapping[str, Sequence[Sequence[float]]], points: Mapping[str, tuple[float, float]], unit: str) -> None:
+    scale = 100.0 if unit == "%" else 1.0
+    last = list(curves)[-1]
+    starts = []
+    for name, curve in curves.items():
+        colour = ACCENT if name == last else MUTED
+        xs, ys = [100 * x for x, _ in curve], [scale * y for _, y in curve]
+        axes.plot(xs, ys, color=colour, linewidth=1.8 if name == last else 1.3)
+        axes.plot([xs[0], xs[-1]], [ys[0], ys[-1]], color=colour, linewidth=0.8, linestyle=(0, (1, 2.5)))
+        if name in points:
+            axes.plot([100 * points[name][0]], [scale * points[name][1]], "o", color=colour, markersize=5, clip_on=False)
+        starts.append((xs, ys, name, colour))
+    low = min(min(ys) for _, ys, _, _ in starts)
+    high = max(max(ys) for _, ys, _, _ in starts)
+    span = max(high - low, 1.0)
+    axes.set_ylim(max(0.0, low - 0.18 * span), high + 0.16 * span)
+    axes.set_xlim(0, 100)
+    for xs, ys, name, colour in _apart(starts, 0.09 * span):
+        place = len(xs) // 3
+        axes.annotate(
+            name, (xs[place], ys[place]), xytext=(0, 9 if name == last else -13), textcoords="offset points", color=colour, ha="center"
+        )
+    axes.set_xlabel("share asked of the peer, %")
+    axes.set_ylabel("verdicts right, %" if unit == "%" else unit)
+    _grid(axes, "y")
+
+
+def _apart(rows: list[tuple[Any, Any, str, str]], _gap: float) -> list[tuple[Any, Any, str, str]]:
+    return rows
+
+
+def calibration(groups: Mapping[str, Sequence[Mapping[str, float]]], *, label: str, target: str) -> str:
+    """Reliability: how often answers of a confidence were right. On the diagonal the confidence tells the truth. Size is the count."""
+
+    def paint(axes: Any) -> None:
+        last = list(groups)[-1]
+        axes.plot([0, 100], [0, 100], color=LINE, linewidth=1.0, zorder=0)
+        for name, bins in groups.items():
+            colour = ACCENT if name == last else MUTED
+            total = sum(bar["count"] for bar in bins)
+            xs, ys = [100 * bar["confidence"] for bar in bins], [100 * bar["accuracy"] for bar in bins]
+            axes.plot(xs, ys, color=colour, linewidth=1.0, alpha=0.6)
+            axes.scatter(xs, ys, s=[10 + 160 * bar["count"] / total for bar in bins], color=colour, alpha=0.85, linewidths=0, clip_on=False)
+            axes.annotate(
+                name, (xs[-1], ys[-1]), xytext=(-8, 9 if name == last else -14), textcoords="offset points", color=colour, ha="right"
+            )
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 104)
+        axes.set_xlabel("confidence, %")
+        axes.set_ylabel(f"{target}, %")
+        _grid(axes, "y")
+
+    return _draw(paint, height=3.0, label=label, width=4.6)
+
+
+def timeline(stages: Sequence[Mapping[str, Any]], *, label: str) -> str:
+    """Stages one after another on a time axis in seconds; cached ones are faint and say so."""
+    unit, scale = ("min", 60.0) if sum(stage["seconds"] for stage in stages) > 300 else ("s", 1.0)
+
+    def paint(axes: Any) -> None:
+        start, total = 0.0, max(sum(stage["seconds"] for stage in stages), 1e-9)
+        for place, stage in enumerate(stages):
+            row = len(stages) - 1 - place
+            seconds, cached = stage["seconds"], bool(stage.get("cached"))
+            axes.barh(
+                row,
+                max(seconds, total * 0.002) / scale,
+                left=start / scale,
+                height=0.42,
+                color=MUTED if cached else ACCENT,
+                alpha=0.85,
+                linewidth=0,
+            )
+            told = f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+            ends = (start + seconds) / scale
+            right = ends < 0.8 * total / scale
+            axes.text(
+                ends + 0.008 * total / scale if right else start / scale - 0.008 * total / scale, row,
+                told + (", from the cache" if cached else ""), va="center", ha="left" if right else "right", color=INK,
+            )  # fmt: skip
+            start += seconds
+        axes.set_yticks(range(len(stages)), [stage["name"] for stage in reversed(stages)])
+        for text in axes.get_yticklabels():
+            text.set_color(INK)
+        axes.set_xlim(0, total / scale)
+        axes.set_ylim(-0.6, len(stages) - 0.4)
+        axes.set_xlabel(unit)
+        axes.spines["left"].set_visible(False)
+        _grid(axes, "x")
+
+    return _draw(paint, height=0.62 + 0.27 * len(stages), label=label)
+
+
+def _grid(axes: Any, axis: str) -> None:
+    axes.grid(True, axis=axis, color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9)
+
+
+def _plain(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
