@@ -1,4 +1,4 @@
-"""The trained adapter on disk: `learn/<release>/adapter.npy` and `header.json`, the second naming the first by digest.
+"""The trained adapter on disk: `learn/<release>/adapter-<digest>.npy` and `header.json`, the second naming the first by digest.
 
 The header is written last, atomically, so an adapter is there whole or not at all; what no longer fits its digest is damaged and said so.
 """
@@ -31,8 +31,8 @@ def folder(state_dir: Path, release: int) -> Path:
     return state_dir / "learn" / str(release)
 
 
-def save(state_dir: Path, flat: Flat, header: AdapterHeader) -> Path:
-    """Store an adapter for its release, replacing an earlier one. Returns the folder."""
+def save(state_dir: Path, flat: Flat, header: AdapterHeader) -> str:
+    """Store an adapter for its release, replacing an earlier one. Returns the digest of its numbers."""
     target = folder(state_dir, header.release)
     held = BytesIO()
     np.save(held, np.ascontiguousarray(flat, dtype="<f4"), allow_pickle=False)
@@ -43,7 +43,7 @@ def save(state_dir: Path, flat: Flat, header: AdapterHeader) -> Path:
     for old in target.glob("adapter-*.npy"):
         if old.name != name:
             old.unlink(missing_ok=True)
-    return target
+    return digest
 
 
 def load(state_dir: Path, release: int) -> tuple[StoredHeader, Flat] | None:

@@ -1,0 +1,129 @@
+"""`milpa-node learn` and `milpa-node sync`. Importing this loads neither torch nor flwr: each is a process of its own that ends."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from protocol.console import print_json, stderr
+from protocol.errors import BadInput
+
+
+def learn(
+    config: Path | None = typer.Option(None, help="The node's TOML file."),
+    state_dir: Path | None = typer.Option(None, help="The node's folder, instead of the one in the settings."),
+    min_examples: int | None = typer.Option(None, min=1, help="Confirmed examples needed to train."),
+    max_seconds: float | None = typer.Option(None, min=1.0, help="Budget of training time."),
+    epochs: int | None = typer.Option(None, min=1, help="Passes over the examples."),
+    rate: float | None = typer.Option(None, min=0.0, help="Learning rate; 0: the default."),
+    threads: int | None = typer.Option(None, min=1, help="Processor threads."),
+    max_memory_mb: int = typer.Option(0, min=0, help="MiB this training may need; 0: what the machine has free."),
+    seed: int = typer.Option(0, help="Order of the examples."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object to stdout and nothing else there."),
+) -> None:
+    """Train an adapter on this site's confirmed examples, within a budget. It stays here until a sync window.
+
+    Examples:
+
+        milpa-node learn --config /etc/milpa/node.toml
+
+        milpa-node learn --max-seconds 300 --threads 2 --json
+    """
+    from node import settings as node_settings
+    from node.learn.examples import split
+    from node.store import Store
+    from node.update.slots import Slots
+    from protocol.tasks import task_named
+
+    flags: dict[str, Any] = {
+        "node.state_dir": str(state_dir) if state_dir else None, "learn.min_examples": min_examples, "learn.max_seconds": max_seconds,
+        "learn.epochs": epochs, "learn.rate": rate, "learn.threads": threads,
+    }  # fmt: skip
+    settings, _ = node_settings.read(config, flags=flags)
+    active = Slots(settings.state_dir, role=settings.node.role).active()
+    if active is None:
+        raise BadInput(f"{settings.state_dir} has no active release: a node learns on top of a release; let `milpa-node run` fetch one")
+    task = task_named(active.release.task)
+    store = Store(settings.state_dir / "node.db")
+    try:
+        parts = split(store.examples(task.name), minimum=settings.learn.min_examples)
+    finally:
+        store.close()
+    stderr.print(f"training on {len(parts.training)} examples, {len(parts.held_out)} held out", highlight=False)
+    from node.learn import train  # torch, only now
+
+    result = train.learn(
+        settings.state_dir, settings.site, active, task, parts, rate=settings.learn.rate or train.RATE, epochs=settings.learn.epochs,
+        max_seconds=settings.learn.max_seconds, max_memory_mb=max_memory_mb, threads=settings.learn.threads, seed=seed,
+        progress=lambda step: stderr.print(f"{step.share:4.0%}  loss {step.loss:.3f}", highlight=False) if step.step % 20 == 0 else None,
+    )  # fmt: skip
+    if as_json:
+        print_json(result)
+        return
+    told = "stored, waiting for a sync window" if result.stored else f"not stored: {result.reason}"
+    typer.echo(f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} nats a token in {result.seconds:.0f} s; {told}")
+
+
+def sync(
+    superlink: str | None = typer.Option(None, help="HOST:PORT of the coordinator's SuperLink."),
+    window: float = typer.Option(120.0, min=1.0, help="Seconds the window stays open; it ends sooner once the adapter has arrived."),
+    stay: bool = typer.Option(False, "--stay", help="Keep it open to the end, adapter or not."),
+    fleet_token_file: Path | None = typer.Option(None, help="The SuperLink's fleet.token, brought here by hand."),
+    config: Path | None = typer.Option(None, help="The node's TOML file."),
+    state_dir: Path | None = typer.Option(None, help="The node's folder, instead of the one in the settings."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object to stdout and nothing else there."),
+) -> None:
+    """Open a sync window: for a while the coordinator may ask what this node has learned. Ctrl-C and SIGTERM close it.
+
+    What may leave is the trained adapter, its header and a code; no text of any record.
+
+    Examples:
+
+        milpa-node sync --superlink 10.8.0.1:8000 --window 300 --fleet-token-file /etc/milpa/fleet.token
+
+        milpa-node sync --config /etc/milpa/node.toml --json
+    """
+    from node import settings as node_settings
+    from node.learn.sync import sync as open_window
+
+    settings, _ = node_settings.read(
+        config, flags={"node.state_dir": str(state_dir) if state_dir else None, "learn.superlink": superlink}
+    )  # fmt: skip
+    address = settings.learn.superlink
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise BadInput(f"--superlink is {address!r}; write HOST:PORT, such as 10.8.0.1:8000, or set learn.superlink")
+    told_to_end = False
+
+    def end(*_: Any) -> None:
+        nonlocal told_to_end
+        told_to_end = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    result = open_window(
+        settings.state_dir, settings.site, address, window_s=window, fleet_token=read_token(fleet_token_file), stay=stay,
+        stop=lambda: told_to_end, on_progress=lambda text: stderr.print(text, highlight=False),
+    )  # fmt: skip
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo("adapter delivered" if result.delivered else f"nothing delivered (answers: {', '.join(result.answered) or 'none'})")
+
+
+def read_token(path: Path | None) -> str:
+    """The fleet token in a file; "" without one.
+
+    Raises:
+        BadInput: the file cannot be read, or is empty.
+    """
+    if path is None:
+        return ""
+    try:
+        token = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read the fleet token {path}; copy fleet.token from the SuperLink's state folder") from error
+    if not token:
+        raise BadInput(f"{path} is empty; copy fleet.token from the SuperLink's state folder again")
+    return token

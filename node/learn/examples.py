@@ -1,0 +1,36 @@
+"""Which confirmed answers a site trains on, and which it keeps apart to see whether training helped. No I/O.
+
+The part a record belongs to is decided by a hash of the record (`node.store.is_held_out`), so it never moves from one training to the next
+and no example is ever both.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from node.store import LearningExample
+from protocol.errors import NotEnough
+
+MINIMUM = 32  # confirmed examples to train on; fewer teach a site's accidents
+MINIMUM_HELD_OUT = 4  # fewer say nothing about whether it helped; one example in five is held out
+
+
+class Parts(msgspec.Struct, frozen=True):
+    """Examples to learn from and examples to be judged by."""
+
+    training: tuple[LearningExample, ...]
+    held_out: tuple[LearningExample, ...]
+
+
+def split(examples: Sequence[LearningExample], *, minimum: int = MINIMUM, minimum_held_out: int = MINIMUM_HELD_OUT) -> Parts:
+    """Both parts, in the order given.
+
+    Raises:
+        NotEnough: fewer than `minimum` to train on, or than `minimum_held_out` to be judged by.
+    """
+    parts = Parts(tuple(one for one in examples if not one.held_out), tuple(one for one in examples if one.held_out))
+    if len(parts.training) < minimum:
+        raise NotEnough(f"{len(parts.training)} confirmed examples to train on, {minimum} are needed; peers and operators confirm answers")
+    if len(parts.held_out) < minimum_held_out:
+        raise NotEnough(f"{len(parts.held_out)} held-out examples, {minimum_held_out} are needed; more confirmed answers bring more")
+    return parts
