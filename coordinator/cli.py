@@ -20,3 +20,7 @@ def main() -> None:
         module = importlib.import_module(f"coordinator.commands.{name}")
         app.command(name)(getattr(module, name))
     run(app)
+
+
+if __name__ == "__main__":
+    main()

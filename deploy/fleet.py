@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from coordinator.fleet.publishing import Publisher
+from coordinator.fleet.publishing import Publisher, build_release
 from deploy.broker import COORDINATOR, answers, prepare
 from deploy.processes import Processes, free_port, http_ok
 from protocol.blobs import write_atomically
@@ -175,6 +175,33 @@ class LocalFleet:
             return dict(answer.json()) if answer.status_code == 200 else {}
         except httpx.HTTPError:
             return {}
+
+    def publish_first(self, task: str, *, student: Path, teacher: Path) -> None:
+        """Publish these models as release 1, if there is no release yet.
+
+        Raises:
+            BadInput: a file is missing.
+        """
+        publisher = self.publisher()
+        if publisher.latest() is None:
+            release, paths = build_release(
+                1, task, [("student", "model", student, ""), ("teacher", "model", teacher, "")], note="first release"
+            )
+            publisher.publish(release, paths)
+
+    def setup_token_file(self) -> Path:
+        """Where the coordinator leaves the one-time token with which the first operator signs up."""
+        return self.store / "setup-token"
+
+    def describe(self) -> dict[str, Any]:
+        """Parts, addresses and what each node says, as plain JSON values."""
+        plan = self.plan
+        urls = {"broker": f"mqtt://127.0.0.1:{plan.broker_port}", "superlink": f"http://127.0.0.1:{plan.superlink_port}",
+                "coordinator": self.dashboard}  # fmt: skip
+        parts: dict[str, Any] = {name: {"running": self.processes.running(name), "url": url} for name, url in urls.items()}
+        for name in plan.names:
+            parts[name] = {"running": self.processes.running(name), "url": self.node_url(name), "node": self.node_status(name)}
+        return {"folder": str(self.folder), "dashboard": self.dashboard, "setup_token_file": str(self.setup_token_file()), "parts": parts}
 
     def stop(self) -> None:
         """End every process of this fleet."""
