@@ -175,8 +175,13 @@ class Session:
     @property
     def connected(self) -> bool:
         """Whether the broker accepted us and both threads are alive (paho's own flag stays up when its thread dies)."""
+        return self._up.is_set() and not self.broken
+
+    @property
+    def broken(self) -> bool:
+        """Whether a thread that should run does not; for a watchdog. Being offline is not broken."""
         threads = (self._network, self._dispatcher)
-        return self._up.is_set() and all(thread is not None and thread.is_alive() for thread in threads)
+        return any(thread is None or not thread.is_alive() for thread in threads)
 
     def wait_connected(self, timeout: float) -> bool:
         """Wait until connected, at most `timeout` seconds."""

@@ -54,7 +54,7 @@ metadata = sa.MetaData()
 outbox = sa.Table(
     "outbox", metadata,
     sa.Column("position", sa.Integer, primary_key=True),  # order of entry
-    sa.Column("id", sa.String(64), nullable=False, unique=True),
+    sa.Column("id", sa.String(128), nullable=False, unique=True),
     sa.Column("kind", sa.String(16), nullable=False),
     sa.Column("topic", sa.String(255), nullable=False),
     sa.Column("payload", sa.LargeBinary, nullable=False),
@@ -72,7 +72,7 @@ outbox = sa.Table(
 parked = sa.Table(
     "outbox_parked", metadata,
     sa.Column("position", sa.Integer, primary_key=True),
-    sa.Column("id", sa.String(64), nullable=False),
+    sa.Column("id", sa.String(128), nullable=False),
     sa.Column("kind", sa.String(16), nullable=False),
     sa.Column("topic", sa.String(255), nullable=False),
     sa.Column("payload", sa.LargeBinary, nullable=False),  # empty when it was dropped for space
