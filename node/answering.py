@@ -92,12 +92,14 @@ class Answering:
         asking: Asking | None = None,
         clock: Callable[[], float] = time.time,
         watch: Watch | None = None,
+        on_asked: Callable[[], None] = lambda: None,
     ) -> None:
         self.store, self.worker, self.node, self.site = store, worker, node, site
         self.budget = budget  # share of the questions that may be escalated
         self.asking = asking  # None: nobody may be asked
         self._clock = clock
         self._watch = watch
+        self._on_asked = on_asked  # called after the commit: the outbox may look now
 
     def answer(self, record: Record, *, deadline_s: float) -> Given:
         """The local answer to `record`, within `deadline_s` seconds; stored, and asked of a peer when it is too unsure.
@@ -117,6 +119,8 @@ class Answering:
         answer = task.parse(spoken.generation.text)
         judgement = judge_answer(task, answer, spoken, budget=self.budget)
         given = self._save(record, prompt, answer, judgement, spoken)
+        if given.provisional:
+            self._on_asked()
         if self._watch is not None:
             self._watch.answered(given)
         return given

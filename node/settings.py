@@ -90,8 +90,8 @@ class Learn(msgspec.Struct, frozen=True):
     max_seconds: float = 600.0
     threads: int = 1
     superlink: str = ""  # HOST:PORT of the SuperLink; empty: no rounds
-    root_certificates_file: str = ""
-    auth_key_file: str = ""
+    fleet_token_file: str = ""  # what the SuperLink asks of nodes
+    window_s: float = 600.0  # how long a sync window stays open
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -169,6 +169,8 @@ def check(settings: NodeSettings) -> None:
     for name, (value, low, high) in ranges.items():
         if not low <= value <= high:
             raise BadInput(f"{name} is {value}; it must be between {low} and {high}")
+    if settings.model.path and settings.update.url:
+        raise BadInput("model.path fixes the model and update.url replaces it: set one of them")
     if settings.peers.ask and not settings.broker.host:
         raise BadInput("peers.ask names peers, but broker.host is empty: questions travel through the broker")
 

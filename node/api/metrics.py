@@ -1,5 +1,8 @@
 """What the node counts, for Prometheus. Base units; every name begins with `milpa_node_`. No record's text, ever."""
 
+import statistics
+import threading
+from collections import deque
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -21,11 +24,20 @@ class Metrics:
         self._prompt = Counter("milpa_node_prompt_tokens", "Tokens read by the model", registry=self.registry)
         self._generated = Counter("milpa_node_generated_tokens", "Tokens written by the model", registry=self.registry)
         self._seconds = Histogram("milpa_node_answer_seconds", "The model's time an answer", buckets=SECONDS, registry=self.registry)
+        self._lock = threading.Lock()
+        self.answered_count = 0  # since this process began
+        self.escalated_count = 0
+        self._told = (0, 0)  # of both, what the last summary said
+        self._recent: deque[float] = deque(maxlen=1000)  # seconds of the latest answers
         self._confidence = Histogram("milpa_node_confidence", "Confidence of local answers", buckets=SHARES, registry=self.registry)
 
     def answered(self, given: Given) -> None:
         """A local answer was given."""
         generation = given.spoken.generation
+        with self._lock:
+            self.answered_count += 1
+            self.escalated_count += given.provisional
+            self._recent.append(generation.seconds)
         self._answers.labels(given.state).inc()
         self._prompt.inc(generation.prompt_tokens)
         self._generated.inc(len(generation.tokens))
@@ -39,6 +51,14 @@ class Metrics:
     def requested(self, path: str, status: int) -> None:
         """An HTTP request was answered."""
         self._requests.labels(path, str(status)).inc()
+
+    def summary(self) -> dict[str, float]:
+        """What happened since the last summary: count, escalated, latency_p50_ms."""
+        with self._lock:
+            count, escalated = self.answered_count - self._told[0], self.escalated_count - self._told[1]
+            self._told = (self.answered_count, self.escalated_count)
+            middle = statistics.median(self._recent) if self._recent else 0.0
+        return {"count": float(count), "escalated": float(escalated), "latency_p50_ms": 1000.0 * middle}
 
     def watch(self, name: str, what: str, value: Callable[[], float]) -> None:
         """A figure that is read when asked for: `milpa_node_NAME`."""

@@ -126,7 +126,8 @@ def completion(given: Given, *, kind: Literal["text_completion", "chat.completio
     else:
         choice["text"] = given.answer.text
     return {
-        "id": given.id, "object": kind, "created": created, "model": name, "choices": [choice], "usage": usage(given), "x_milpa": extras(given),
+        "id": given.id, "object": kind, "created": created, "model": name, "choices": [choice], "usage": usage(given),
+        "x_milpa": extras(given),
     }  # fmt: skip
 
 

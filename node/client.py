@@ -1,0 +1,139 @@
+"""What the command line does with a node: through its API when it runs, on its folder when it does not."""
+
+from typing import Any
+
+import httpx
+
+from node.api.server import is_loopback
+from node.app import read_run_file
+from node.settings import NodeSettings, secret
+from protocol.errors import BadInput, Unavailable
+from protocol.tasks import Record, task_named
+
+CONNECT_S = 2.0  # seconds; the daemon is on this machine
+PATIENCE_S = 5.0  # seconds beyond the node's own deadline
+
+
+def address(settings: NodeSettings) -> str:
+    """Where the node's API should be."""
+    found = read_run_file(settings.state_dir)
+    if found is not None:
+        return found.url
+    host = settings.api.host if is_loopback(settings.api.host) else "127.0.0.1"
+    return f"http://{host}:{settings.api.port}"
+
+
+def ask_daemon(settings: NodeSettings, text: str, *, lang: str, task: str) -> dict[str, Any] | None:
+    """The running node's answer, `x_milpa` of it; None when no node runs.
+
+    Raises:
+        MilpaError: what the node says, in its words.
+    """
+    body = {"prompt": text, "x_milpa": {"lang": lang, "task": task}}
+    answer = _call(settings, "POST", "/v1/completions", body)
+    return None if answer is None else dict(answer["x_milpa"])
+
+
+def ask_here(settings: NodeSettings, text: str, *, lang: str) -> dict[str, Any]:
+    """Load the active model, or the fixed one, and ask it once.
+
+    Raises:
+        Unavailable: there is no model on this machine.
+        BadInput, NotEnough, DoesNotFit: see `Engine`.
+    """
+    from node.answering import judge_answer
+    from node.engine.worker import Spoken
+    from protocol.codec import checked_record
+
+    speaker = load_any(settings)
+    try:
+        task = task_named(speaker.task)
+        record = checked_record(Record(id="ask", task=task.name, source=text, lang=lang, site=settings.site))
+        generation = speaker.engine.generate(task.prompt(record), max_new_tokens=task.max_new_tokens)
+        answer = task.parse(generation.text)
+        judgement = judge_answer(task, answer, Spoken(generation, speaker), budget=settings.model.budget)
+        return {
+            "text": answer.text, "verdict": answer.verdict, "sentence": answer.sentence, "confidence": judgement.confidence,
+            "reason": judgement.reason, "provisional": False, "stored": False, "task": task.name, "release": speaker.release,
+            "model_digest": speaker.engine.model_digest, "adapter_digest": speaker.engine.adapter_digest, "seconds": generation.seconds,
+        }  # fmt: skip
+    finally:
+        speaker.engine.close()
+
+
+def load_any(settings: NodeSettings) -> Any:
+    """The fixed model of the settings, or the active release's, loaded.
+
+    Raises:
+        Unavailable: there is neither.
+    """
+    from node.engine.loading import load_fixed, load_release
+    from node.update.slots import Slots
+
+    model = settings.model
+    if model.path:
+        return load_fixed(model)
+    active = Slots(settings.state_dir, role=settings.node.role).active() if settings.state_dir.is_dir() else None
+    if active is None:
+        raise Unavailable(f"no node runs here and {settings.state_dir} has no release yet; start `milpa-node run`, or name a --model")
+    return load_release(active, threads=model.threads, context=model.context)
+
+
+def daemon_status(settings: NodeSettings) -> dict[str, Any] | None:
+    """GET /v1/status of the running node, or None."""
+    return _call(settings, "GET", "/v1/status", None)
+
+
+def status_on_disk(settings: NodeSettings) -> dict[str, Any]:
+    """What can be told without the daemon."""
+    from node.store import Store, counts
+    from node.update.slots import Slots
+
+    state = settings.state_dir
+    found: dict[str, Any] = {"node": settings.node.name, "running": False, "state_dir": str(state), "release": 0, "states": {}}
+    if (state / "node.db").is_file():
+        store = Store(state / "node.db")
+        with store.transaction() as session:
+            found["states"] = counts(session)
+        store.close()
+        active = Slots(state, role=settings.node.role).active()
+        found["release"] = active.number if active else 0
+    return found
+
+
+def send_feedback(settings: NodeSettings, answer: str, *, verdict: str, text: str) -> dict[str, Any]:
+    """POST /v1/feedback.
+
+    Raises:
+        Unavailable: no node runs here.
+        MilpaError: what the node says.
+    """
+    changed = _call(settings, "POST", "/v1/feedback", {"id": answer, "verdict": verdict, "text": text})
+    if changed is None:
+        raise Unavailable(f"no node answers on {address(settings)}; start it with `milpa-node run`")
+    return changed
+
+
+def _call(settings: NodeSettings, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The API's answer, or None when nothing listens.
+
+    Raises:
+        BadInput, NotEnough, Unavailable: the API's error, in its words.
+    """
+    key = secret(settings.api.key_file, what="api.key_file")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    timeout = httpx.Timeout(settings.api.deadline_s + PATIENCE_S, connect=CONNECT_S)
+    try:
+        answer = httpx.request(method, address(settings) + path, json=body, headers=headers, timeout=timeout, trust_env=False)
+    except (httpx.ConnectError, httpx.ConnectTimeout):
+        return None
+    except httpx.HTTPError as error:
+        raise Unavailable(f"the node on {address(settings)} did not answer: {type(error).__name__}") from error
+    try:
+        told = answer.json()
+    except ValueError as error:
+        raise Unavailable(f"{address(settings)} is not a Milpa node; see api.port") from error
+    if answer.status_code == 200:
+        return dict(told)
+    message = told.get("error", {}).get("message", f"status {answer.status_code}") if isinstance(told, dict) else str(told)
+    raise (BadInput(message) if answer.status_code in (400, 404, 413) else Unavailable(message))

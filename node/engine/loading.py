@@ -1,0 +1,86 @@
+"""From files on disk to a `Speaker` that has shown it can speak."""
+
+from pathlib import Path
+
+from node.engine.worker import Speaker, Speaks, usable
+from node.settings import Model
+from node.update.selftest import known_answers_hold
+from node.update.slots import ActiveRelease
+from protocol import codec
+from protocol.confidence import CALIBRATION_LIMIT, Calibration
+from protocol.errors import BadInput, DoesNotFit
+from protocol.models.engine import Engine
+from protocol.tasks import Record, task_named
+
+PROBE = "soil 21 C"  # any text does: it shows that the model computes finite figures
+
+
+def load_release(active: ActiveRelease, *, threads: int, context: int) -> Speaker:
+    """Load a release's files beside whatever runs now.
+
+    Raises:
+        BadInput, NotEnough, DoesNotFit: see `Engine`; nothing stays loaded.
+    """
+    engine = Engine(active.model, threads=threads, context=context, adapter=active.adapter)
+    return speaker(engine, task=active.release.task, release=active.number, calibration=active.calibration)
+
+
+def load_fixed(model: Model) -> Speaker:
+    """Load the file the settings name, for a node without a coordinator.
+
+    Raises:
+        as `load_release`.
+    """
+    path, adapter, calibration = (Path(name).expanduser() if name else None for name in (model.path, model.adapter, model.calibration))
+    if path is None:
+        raise BadInput("model.path names no file")
+    engine = Engine(path, threads=model.threads, context=model.context, adapter=adapter)
+    return speaker(engine, task=model.task, release=0, calibration=calibration)
+
+
+def speaker(engine: Speaks, *, task: str, release: int, calibration: Path | None) -> Speaker:
+    """An engine with what belongs to it. A calibration made for another model or adapter is left out: its numbers would mean nothing."""
+    try:
+        task_named(task)
+        return Speaker(engine, task, release, usable(read_calibration(calibration), engine))
+    except BaseException:
+        engine.close()
+        raise
+
+
+def read_calibration(path: Path | None) -> Calibration | None:
+    """The calibration in `path`, or None without one.
+
+    Raises:
+        BadInput: unreadable, or not a calibration.
+    """
+    if path is None:
+        return None
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"cannot read the calibration {path}: {error.strerror}") from error
+    return codec.decode_as(data, Calibration, limit=CALIBRATION_LIMIT, what=f"calibration {path.name}")
+
+
+def prove(candidate: Speaker, active: ActiveRelease | None = None) -> None:
+    """Make the candidate answer: any prompt, and a student the release's known answers too (they are the student's).
+
+    Raises:
+        DoesNotFit: it does not compute, or answers otherwise than on the coordinator.
+    """
+    task = task_named(candidate.task)
+    probe = task.prompt(Record(id="probe", task=task.name, source=PROBE))
+    if not candidate.engine.generate(probe, max_new_tokens=4).tokens:
+        raise DoesNotFit("the model says nothing at all")
+    if active is not None and active.role == "student":
+        known_answers_hold(lambda prompt: candidate.engine.generate(prompt, max_new_tokens=task.max_new_tokens).text, active.release)
+
+
+def describe(candidate: Speaker) -> dict[str, object]:
+    """The active model for people and programs."""
+    engine = candidate.engine
+    return {
+        "task": candidate.task, "release": candidate.release, "model_digest": engine.model_digest, "adapter_digest": engine.adapter_digest,
+        "calibrated": candidate.calibration is not None,
+    }  # fmt: skip
