@@ -9,7 +9,7 @@ or to apply, and norms stay in the working type. Contexts here are shorter than 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -210,11 +210,16 @@ class KeyValues:
 
 @torch.inference_mode()
 def generate(
-    model: Gemma3ForCausalLM, prompts: list[list[int]], *, max_new_tokens: int, eos: int, stop: int | None = None
+    model: Gemma3ForCausalLM,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    eos: int,
+    watch: Callable[[list[int], torch.Tensor], None] | None = None,
 ) -> list[list[int]]:
-    """Greedy continuation of a batch of prompts, without the end token; finished rows leave the batch.
+    """Greedy continuation of a batch of prompts, the end token included where the model said it; finished rows leave the batch.
 
-    `stop` is a further token that ends an answer (the line break).
+    `watch` is told the rows still going and their logits (rows, V) before each token is chosen.
     """
     longest = max(len(prompt) for prompt in prompts)
     batch = len(prompts)
@@ -234,13 +239,15 @@ def generate(
         for number, layer in enumerate(model.model.layers):
             cos, sin = rotations[config.layer_types[number]]
             x = block_forward(layer, x, cos, sin, caches[number])
-        chosen = model.lm_head(_norm(model.model.norm, x[:, -1])).argmax(-1)
-        going = (chosen != eos) & (chosen != stop if stop is not None else torch.ones_like(chosen, dtype=torch.bool))
-        for row, token in zip(alive[going].tolist(), chosen[going].tolist(), strict=True):
+        logits = model.lm_head(_norm(model.model.norm, x[:, -1]))
+        if watch:
+            watch(alive.tolist(), logits)
+        chosen = logits.argmax(-1)
+        for row, token in zip(alive.tolist(), chosen.tolist(), strict=True):
             answers[row].append(token)
-        if not bool(going.any()):
+        kept = (chosen != eos).nonzero().squeeze(1)
+        if not len(kept):
             break
-        kept = going.nonzero().squeeze(1)
         if len(kept) < len(alive):
             for cache in caches:
                 cache.keep(kept)

@@ -1,0 +1,85 @@
+"""Teacher correction: a short fine-tuning of a general model on the task, embeddings frozen, before anything is distilled from it.
+
+Correction first, always: minutes of it turn a model that cannot do the task into a useful teacher (Minitron's finding, and docs/log.md).
+A recipe says what is free: LoRA factors that are folded in afterwards, or the upper blocks whole.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+import torch
+
+from protocol.adapters import unpack
+from protocol.models.checkpoint import Checkpoint, encode_tensor
+from protocol.models.lora import ALL_MODULES, Factors, attach, detach, initial_adapter
+from protocol.models.tokenizer import Example
+from protocol.models.torch_model import best_dtype, from_torch, to_torch
+from protocol.models.training import Loss, Step, TrainResult, cross_entropy, train
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """How a model is trained. Defaults are the teacher's; measured in docs/log.md."""
+
+    mode: Literal["lora", "full"] = "lora"
+    learning_rate: float = 1e-3
+    rank: int = 16  # LoRA only; alpha is twice the rank
+    first_block: int = 0  # blocks below it stay as they are: they run once an example, and never backwards
+    batch_tokens: int = 1536
+    warm_up: float = 0.05
+    seconds: float | None = None
+    epochs: float | None = None
+    steps: int | None = None
+
+
+def trained(
+    checkpoint: Checkpoint,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    *,
+    seed: int,
+    loss: Loss = cross_entropy,
+    progress: Callable[[Step], None] | None = None,
+    state: Path | None = None,
+) -> tuple[Checkpoint, TrainResult]:
+    """Train a copy of `checkpoint` on `examples`; returns it in F16 with the embedding as stored.
+
+    Raises:
+        NotEnough, Diverged: as `protocol.models.training.train`.
+    """
+    model = to_torch(checkpoint, dtype=best_dtype())
+
+    def run(parameters: Sequence[torch.nn.Parameter]) -> TrainResult:
+        return train(
+            model, examples, parameters=parameters, learning_rate=recipe.learning_rate, loss=loss, seconds=recipe.seconds, epochs=recipe.epochs,
+            steps=recipe.steps, batch_tokens=recipe.batch_tokens, warm_up=recipe.warm_up, seed=seed, progress=progress, state=state,
+        )  # fmt: skip
+
+    if recipe.mode == "lora":
+        digest = checkpoint.digest if checkpoint.path else f"{seed}"
+        flat, header = initial_adapter(
+            checkpoint, rank=recipe.rank, alpha=2.0 * recipe.rank, seed=seed, base_digest=digest, modules=ALL_MODULES
+        )
+        factors = {name: pair for name, pair in unpack(flat, header).items() if int(name.split(".")[1]) >= recipe.first_block}
+        header = msgspec.structs.replace(header, modules=tuple(module for module in header.modules if module.tensor in factors))
+        flat = np.concatenate([part.ravel() for pair in factors.values() for part in pair])
+        result = run(attach(model, flat, header))
+        scale = header.alpha / header.rank
+        return folded(checkpoint, unpack(detach(model, header), header), dict.fromkeys(factors, scale)), result
+    free = [p for number, layer in enumerate(model.model.layers) if number >= recipe.first_block for p in layer.parameters()]
+    result = run([*free, *model.model.norm.parameters()])
+    return from_torch(model.float(), checkpoint), result
+
+
+def folded(checkpoint: Checkpoint, factors: Factors, scales: Mapping[str, float], *, kind: str = "F16") -> Checkpoint:
+    """The checkpoint with scale * B @ A added to each named weight, in float32, rounded once; matrices are stored as `kind`."""
+    tensors = dict(checkpoint.tensors)
+    for name, _ in checkpoint.matrices():
+        weight = checkpoint.array(name)
+        if name in factors:
+            a, b = factors[name]
+            weight = weight + scales[name] * (b @ a)
+        tensors[name] = encode_tensor(weight, kind)
+    return checkpoint.with_tensors(tensors)

@@ -1,0 +1,297 @@
+"""The forge from end to end: trim, correct, cut, capture, distil, export. Each stage is cached by the digest of its inputs and resumable.
+
+A stage owns the folder `work/STAGE-DIGEST/`; its last act is to write `finished.json` there. A folder without that file is unfinished work and is
+gone on with (training state, captured targets); a folder with it is never computed again. Change an input and the digest, so the folder, is another.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from coordinator.forge import distil
+from coordinator.forge.cache import CacheHeader, TargetCache
+from coordinator.forge.correct import Recipe, trained
+from coordinator.forge.export import DEFAULT_KIND, export
+from coordinator.forge.student import evenly
+from coordinator.forge.teacher import packaged_licence, packaged_teacher
+from coordinator.forge.trim import FREQUENT, coverage, trim
+from protocol.blobs import write_atomically
+from protocol.digests import digest_file, digest_value
+from protocol.errors import BadInput, NotEnough
+from protocol.models.checkpoint import Checkpoint
+from protocol.models.tokenizer import Tokenizer, make_example
+from protocol.models.torch_model import best_dtype, to_torch
+from protocol.models.training import Step
+from protocol.tasks import Record, Task
+
+VERSION = 1  # raise it when a stage computes something else from the same inputs
+STAGES = ("trim", "correct", "cut", "capture", "distil", "export")
+HELD_BACK = 500  # texts that the counting corpus does not see, to report coverage on
+
+Progress = Callable[[str, float, str], None]  # stage, share done in [0, 1], a few words
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Wall-clock seconds for the three stages that take as long as one lets them."""
+
+    name: str
+    correct_s: float
+    capture_s: float
+    student_s: float
+
+    @classmethod
+    def named(cls, name: str) -> "Budget":
+        """ "demo", "hour", or a number of seconds for the three together.
+
+        Raises:
+            BadInput: none of those, or below 10 seconds.
+        """
+        if name in PRESETS:
+            return PRESETS[name]
+        try:
+            seconds = float(name)
+        except ValueError:
+            seconds = 0.0
+        if not seconds >= 10:
+            raise BadInput(f"budget {name!r} is not usable: say {', '.join(PRESETS)} or a number of seconds, 10 or more")
+        return cls(name, 0.52 * seconds, 0.15 * seconds, 0.33 * seconds)
+
+
+PRESETS = {"demo": Budget("demo", 240.0, 70.0, 150.0), "hour": Budget("hour", 1800.0, 500.0, 1100.0)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the result, beside the records."""
+
+    budget: Budget
+    seed: int = 0
+    blocks: int = 8  # the student's
+    alpha: float = 0.5  # weight of the teacher's distribution
+    kind: str = DEFAULT_KIND  # of the student's file
+    teacher_kind: str = "Q8_0"
+    frequent: int = FREQUENT
+    correct: Recipe = field(default_factory=Recipe)
+    student: Recipe = field(default_factory=lambda: Recipe(mode="full", learning_rate=5e-4))
+
+
+class Forged(msgspec.Struct, frozen=True):
+    """What came out."""
+
+    teacher: Path  # corrected, quantised
+    student: Path  # quantised
+    student_float: Path  # F16
+    lineage: dict[str, Any]  # per stage: digest, seconds, figures; the sources' digests, the licence
+
+
+class Stage:
+    """One stage's folder and what it reported."""
+
+    def __init__(self, work: Path, name: str, inputs: object) -> None:
+        self.name = name
+        self.digest = digest_value([VERSION, name, inputs])
+        self.folder = work / f"{name}-{self.digest[:12]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.began = time.monotonic()
+
+    @property
+    def report(self) -> dict[str, Any] | None:
+        """What it wrote when it finished, or None."""
+        marker = self.folder / "finished.json"
+        return msgspec.json.decode(marker.read_bytes()) if marker.is_file() else None
+
+    def finish(self, figures: Mapping[str, Any]) -> None:
+        """Mark it done, last of all."""
+        report = {"digest": self.digest, "seconds": round(time.monotonic() - self.began, 1), **figures}
+        write_atomically(self.folder / "finished.json", msgspec.json.encode(report))
+
+
+def forge(
+    task: Task,
+    records: Sequence[Record],
+    *,
+    work: Path,
+    out: Path,
+    plan: Plan,
+    base: Path | None = None,
+    texts: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Forged:
+    """Make a teacher and a student for `task` from training records.
+
+    Args:
+        base: the general model, a Gemma 3 GGUF; by default the packaged one.
+        work: stages are kept here and found again.
+        out: gets teacher.gguf, student.gguf, student-f16.gguf and lineage.json, whole or not at all.
+        texts: general text in the task's languages, for the vocabulary.
+
+    Raises:
+        NotEnough: fewer than 8 records with a target.
+        BadInput: no base model, or one we cannot train.
+    """
+    told = progress or (lambda stage, share, words: None)
+    learnable = [record for record in records if record.target]
+    if len(learnable) < 8:
+        raise NotEnough(f"{len(learnable)} records have a target; at least 8 are needed, some thousands are useful")
+    work.mkdir(parents=True, exist_ok=True)
+    lineage: dict[str, Any] = {"task": task.name, "seed": plan.seed, "budget": plan.budget.name, "records": len(records)}
+    if base is None:
+        told("trim", 0.0, "assembling the packaged teacher")
+        base = packaged_teacher(work)
+        lineage["licence"] = msgspec.to_builtins(packaged_licence())
+    else:
+        lineage["licence"] = {"name": _licence_in(base), "notice": "as stated by the model file", "file": ""}
+    lineage["base_digest"] = digest_file(base)
+    lineage["records_digest"] = digest_value(records)
+
+    trimmed, lineage["trim"] = _trim(
+        task, records, work=work, base=base, base_digest=lineage["base_digest"], texts=texts, plan=plan, told=told
+    )
+    corrected, lineage["correct"] = _correct(task, learnable, work=work, trimmed=trimmed, plan=plan, told=told)
+    cut, lineage["cut"] = _cut(work=work, corrected=corrected, plan=plan, told=told)
+    captured, lineage["capture"] = _capture(task, records, work=work, corrected=corrected, plan=plan, told=told)
+    student, lineage["distil"] = _distil(work=work, cut=cut, captured=captured, plan=plan, told=told)
+    return _export(out, corrected=corrected, student=student, plan=plan, lineage=lineage, told=told)
+
+
+def _trim(
+    task: Task, records: Sequence[Record], *, work: Path, base: Path, base_digest: str, texts: Sequence[str], plan: Plan, told: Progress
+) -> tuple[Path, dict[str, Any]]:
+    held = {record.id for record in records[:: max(2, len(records) // HELD_BACK)]} if len(records) > 4 * HELD_BACK else set()
+    counted = [*texts, *_texts(task, [record for record in records if record.id not in held]), task.template, *task.codes]
+    stage = Stage(work, "trim", [base_digest, digest_value(counted), plan.frequent])
+    path = stage.folder / "trimmed.gguf"
+    if stage.report is None:
+        told("trim", 0.1, "counting pieces")
+        trim(base, counted, path, frequent=plan.frequent)
+        unseen = _texts(task, [record for record in records if record.id in held])
+        found = coverage(base, path, unseen or counted[:HELD_BACK])
+        stage.finish({**msgspec.to_builtins(found), "unseen": bool(unseen), "file_digest": digest_file(path)})
+    return path, _told(told, stage)
+
+
+def _correct(
+    task: Task, records: Sequence[Record], *, work: Path, trimmed: Path, plan: Plan, told: Progress
+) -> tuple[Path, dict[str, Any]]:
+    recipe = _within(plan.correct, plan.budget.correct_s)
+    checkpoint = Checkpoint.read(trimmed)
+    stage = Stage(work, "correct", [checkpoint.digest, task, digest_value(records), recipe, plan.seed])
+    path = stage.folder / "corrected-f16.gguf"
+    if stage.report is None:
+        with Tokenizer(trimmed) as tokenizer:
+            examples = [make_example(tokenizer, task, record) for record in records]
+        state = stage.folder / "train.state"
+        model, result = trained(checkpoint, examples, recipe, seed=plan.seed, progress=_steps(told, "correct"), state=state)
+        model.write(path)
+        state.unlink(missing_ok=True)
+        stage.finish({"recipe": recipe, "training": result, "file_digest": model.digest})
+    return path, _told(told, stage)
+
+
+def _cut(*, work: Path, corrected: Path, plan: Plan, told: Progress) -> tuple[Path, dict[str, Any]]:
+    checkpoint = Checkpoint.read(corrected)
+    keep = evenly(checkpoint.blocks, min(plan.blocks, checkpoint.blocks))
+    stage = Stage(work, "cut", [checkpoint.digest, keep])
+    path = stage.folder / "cut-f16.gguf"
+    if stage.report is None:
+        checkpoint.keep_blocks(keep).write(path)
+        stage.finish({"kept": keep, "of": checkpoint.blocks, "file_digest": digest_file(path)})
+    return path, _told(told, stage)
+
+
+def _capture(
+    task: Task, records: Sequence[Record], *, work: Path, corrected: Path, plan: Plan, told: Progress
+) -> tuple[Path, dict[str, Any]]:
+    checkpoint = Checkpoint.read(corrected)
+    stage = Stage(work, "capture", [checkpoint.digest, task, digest_value(records), plan.budget.capture_s, distil.TOP_K])
+    if stage.report is None:
+        cache = TargetCache(stage.folder, _header(checkpoint))
+        with Tokenizer(corrected) as tokenizer:
+            _, result = distil.capture(
+                to_torch(checkpoint, dtype=best_dtype()), tokenizer, task, records, cache=cache, log=stage.folder / "captured.jsonl",
+                seconds=plan.budget.capture_s, progress=lambda share, words: told("capture", share, words),
+            )  # fmt: skip
+        cache.close()
+        stage.finish(msgspec.to_builtins(result))
+    return stage.folder, _told(told, stage)
+
+
+def _distil(*, work: Path, cut: Path, captured: Path, plan: Plan, told: Progress) -> tuple[Path, dict[str, Any]]:
+    recipe = _within(plan.student, plan.budget.student_s)
+    checkpoint = Checkpoint.read(cut)
+    stage = Stage(work, "distil", [checkpoint.digest, captured.name, recipe, plan.alpha, plan.seed])
+    path = stage.folder / "student-f16.gguf"
+    if stage.report is None:
+        examples = distil.examples_of(distil.read_log(captured / "captured.jsonl"))
+        header = msgspec.json.decode((captured / "header.json").read_bytes(), type=CacheHeader)
+        cache = TargetCache(captured, header)
+        loss = distil.distillation_loss(cache, examples, alpha=plan.alpha)
+        state = stage.folder / "train.state"
+        model, result = trained(checkpoint, examples, recipe, seed=plan.seed, loss=loss, progress=_steps(told, "distil"), state=state)
+        cache.close()
+        model.write(path)
+        state.unlink(missing_ok=True)
+        stage.finish({"recipe": recipe, "training": result, "alpha": plan.alpha, "file_digest": model.digest})
+    return path, _told(told, stage)
+
+
+def _export(out: Path, *, corrected: Path, student: Path, plan: Plan, lineage: dict[str, Any], told: Progress) -> Forged:
+    began = time.monotonic()
+    staging = out.with_name(out.name + ".part")
+    shutil.rmtree(staging, ignore_errors=True)
+    student_float, student_file = export(Checkpoint.read(student), staging, name="student", kind=plan.kind)
+    told("export", 0.5, plan.kind)
+    teacher_float, teacher_file = export(Checkpoint.read(corrected), staging, name="teacher", kind=plan.teacher_kind)
+    teacher_float.unlink()
+    files = {path.name: {"digest": digest_file(path), "bytes": path.stat().st_size} for path in (teacher_file, student_file, student_float)}
+    lineage["export"] = {"seconds": round(time.monotonic() - began, 1), "student": plan.kind, "teacher": plan.teacher_kind, "files": files}
+    write_atomically(staging / "lineage.json", msgspec.json.format(msgspec.json.encode(lineage)))
+    out.mkdir(parents=True, exist_ok=True)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == "lineage.json"):  # the description last
+        path.replace(out / path.name)
+    staging.rmdir()
+    told("export", 1.0, "done")
+    return Forged(out / teacher_file.name, out / student_file.name, out / student_float.name, lineage)
+
+
+def _within(recipe: Recipe, seconds: float) -> Recipe:
+    """The recipe with the budget's seconds, unless it has a limit of its own."""
+    limited = recipe.seconds or recipe.epochs or recipe.steps
+    return recipe if limited else msgspec.structs.replace(recipe, seconds=seconds)
+
+
+def _header(checkpoint: Checkpoint) -> CacheHeader:
+    vocabulary = checkpoint.vocabulary
+    tokens = digest_value(vocabulary.tokens)
+    return CacheHeader(
+        teacher=checkpoint.digest, tokenizer=tokens, k=min(distil.TOP_K, len(vocabulary.tokens)), vocabulary=len(vocabulary.tokens)
+    )
+
+
+def _texts(task: Task, records: Sequence[Record]) -> list[str]:
+    """What the model reads and says, tokenised apart as in training."""
+    return [text for record in records for text in (task.prompt(record), *([task.target(record)] if record.target else []))]
+
+
+def _steps(told: Progress, stage: str) -> Callable[[Step], None]:
+    return lambda step: told(
+        stage, step.share, f"step {step.step}, loss {step.loss:.3f}, {step.tokens / max(step.seconds, 1e-9):.0f} tokens/s"
+    )
+
+
+def _told(told: Progress, stage: Stage) -> dict[str, Any]:
+    report = stage.report
+    assert report is not None
+    told(stage.name, 1.0, "done")
+    return report
+
+
+def _licence_in(base: Path) -> str:
+    entry = Checkpoint.read(base).metadata.get("general.license")
+    return str(entry.value) if entry else "not stated"
