@@ -197,6 +197,27 @@ def status(
         raise typer.Exit(1)
 
 
+@app.command()
+def secrets(
+    inside: Path = typer.Option(None, help="Fill this folder's service folders instead (what the `init` service does, in its container)."),
+    nodes: str = typer.Option("base-station,esteli,malacatoya", help="With --inside: node names, with commas."),
+) -> None:
+    """Make the secrets of a fleet in containers: once, on this machine, never in git. What exists stays.
+
+    Examples:
+
+        milpa-fleet secrets && docker compose up -d
+    """
+    from deploy.secrets import fill, write_env
+
+    if inside is not None:
+        fill(inside, [name.strip() for name in nodes.split(",")], database_password=os.environ.get("POSTGRES_PASSWORD", ""))
+        return
+    if not Path("docker-compose.yml").exists():
+        raise BadInput("there is no docker-compose.yml here; run this in the folder that has it")
+    stderr.print("wrote .env" if write_env(Path()) else ".env is there already; nothing was changed", highlight=False)
+
+
 @config_app.command("show")
 def config_show(config: Path = CONFIG, as_json: bool = typer.Option(False, "--json", help="Print as JSON.")) -> None:
     """Every setting, its value and who set it.

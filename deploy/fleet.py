@@ -229,7 +229,7 @@ class LocalFleet:
                 "root_file": str(self.folder / "trust" / "root.json"),
                 "poll_s": POLL_S,
             },
-            "learn": {"superlink": f"127.0.0.1:{plan.superlink_port}"},
+            "learn": {"superlink": f"127.0.0.1:{plan.superlink_port}", "fleet_token_file": str(self.folder / "superlink" / "fleet.token")},
         }
 
     def _password_file(self, user: str) -> Path:
