@@ -6,12 +6,15 @@ the data and not in a legend, intervals are bars or bands, every axis has its un
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from coordinator.forge.metrics import wilson
 
 INK, MUTED, LINE, ACCENT, FAINT = "#010101", "#020202", "#030303", "#040404", "#050505"
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", ACCENT: "var(--accent)", FAINT: "var(--faint)"}
-WIDTH = 7.0  # inches; the SVG scales with the page
+WIDTH = 10.4  # inches; the SVG scales with the page, and this gives its text the size of the page's small print
+HALF = 4.9
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none", "font.size": 9.5, "axes.edgecolor": LINE, "axes.linewidth": 0.8, "axes.labelcolor": MUTED,
     "axes.spines.top": False, "axes.spines.right": False, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.major.size": 0,
@@ -23,8 +26,8 @@ STYLE: dict[str, Any] = {
 Row = tuple[str, float, Sequence[float] | None, bool]  # label, value, [low, high], stands out
 
 
-def _draw(paint: Any, *, height: float, label: str, columns: int = 1, width: float = WIDTH) -> str:
-    """An <svg> element with what `paint(axes)` drew; `axes` is one, or a list when there are columns."""
+def _draw(paint: Callable[[Any], None], *, height: float, label: str, width: float = WIDTH) -> str:
+    """An <svg> element with what `paint(axes)` drew."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,8 +35,7 @@ def _draw(paint: Any, *, height: float, label: str, columns: int = 1, width: flo
 
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
         figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(1, columns)
-        paint(axes if columns == 1 else list(axes))
+        paint(figure.subplots())
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
@@ -76,68 +78,62 @@ def bars(rows: Sequence[Row], *, unit: str, label: str, share: bool = True) -> s
 def deferral(curves: Mapping[str, Sequence[Sequence[float]]], *, points: Mapping[str, tuple[float, float]], unit: str, label: str) -> str:
     """Quality against the share of questions asked of the peer. The last curve stands out; a dot marks where the threshold works.
 
-    The dotted straight line between a curve's ends is what asking at random would give.
+    The dotted straight line between a whole curve's ends is what asking at random would give. Cut-off axis: the curves' shape is the point.
     """
-
-    def paint(axes: Any) -> None:
-        _deferral(axes, curves, points, unit)
-
-    return _draw(paint, height=3.0, label=label, width=4.6)
-
-
-def _deferral(axes: Any, curves: Mapping[str, Sequence[Sequence[float]]], points: Mapping[str, tuple[float, float]], unit: str) -> None:
     scale = 100.0 if unit == "%" else 1.0
     last = list(curves)[-1]
-    starts = []
-    for name, curve in curves.items():
-        colour = ACCENT if name == last else MUTED
-        xs, ys = [100 * x for x, _ in curve], [scale * y for _, y in curve]
-        axes.plot(xs, ys, color=colour, linewidth=1.8 if name == last else 1.3)
-        axes.plot([xs[0], xs[-1]], [ys[0], ys[-1]], color=colour, linewidth=0.8, linestyle=(0, (1, 2.5)))
-        if name in points:
-            axes.plot([100 * points[name][0]], [scale * points[name][1]], "o", color=colour, markersize=5, clip_on=False)
-        starts.append((xs, ys, name, colour))
-    low = min(min(ys) for _, ys, _, _ in starts)
-    high = max(max(ys) for _, ys, _, _ in starts)
-    span = max(high - low, 1.0)
-    axes.set_ylim(max(0.0, low - 0.18 * span), high + 0.16 * span)
-    axes.set_xlim(0, 100)
-    for xs, ys, name, colour in _apart(starts, 0.09 * span):
-        place = len(xs) // 3
-        axes.annotate(
-            name, (xs[place], ys[place]), xytext=(0, 9 if name == last else -13), textcoords="offset points", color=colour, ha="center"
-        )
-    axes.set_xlabel("share asked of the peer, %")
-    axes.set_ylabel("verdicts right, %" if unit == "%" else unit)
-    _grid(axes, "y")
 
+    def paint(axes: Any) -> None:
+        everything = [scale * y for curve in curves.values() for _, y in curve]
+        span = max(max(everything) - min(everything), 1.0)
+        for name, curve in curves.items():
+            colour = ACCENT if name == last else MUTED
+            xs, ys = [100 * x for x, _ in curve], [scale * y for _, y in curve]
+            axes.plot(xs, ys, color=colour, linewidth=1.8 if name == last else 1.3)
+            if xs[-1] > 99.9:  # a live site knows the peer's answers only for what it asked
+                axes.plot([xs[0], xs[-1]], [ys[0], ys[-1]], color=colour, linewidth=0.8, linestyle=(0, (1, 2.5)))
+            if name in points:
+                axes.plot([100 * points[name][0]], [scale * points[name][1]], "o", color=colour, markersize=5, clip_on=False)
+            place = round(0.55 * (len(xs) - 1))
+            offset = (0, 8) if name == last else (0, -15)
+            axes.annotate(name, (xs[place], ys[place]), xytext=offset, textcoords="offset points", color=colour, ha="center")
+        axes.set_xlim(0, min(100.0, 1.06 * 100 * max(curve[-1][0] for curve in curves.values())))
+        axes.set_ylim(max(0.0, min(everything) - 0.15 * span), min(100.0, max(everything) + 0.2 * span))
+        axes.set_xlabel("share asked of the peer, %")
+        axes.set_ylabel("verdicts right, %" if unit == "%" else unit)
+        _grid(axes, "y")
 
-def _apart(rows: list[tuple[Any, Any, str, str]], _gap: float) -> list[tuple[Any, Any, str, str]]:
-    return rows
+    return _draw(paint, height=3.0, label=label, width=HALF)
 
 
 def calibration(groups: Mapping[str, Sequence[Mapping[str, float]]], *, label: str, target: str) -> str:
-    """Reliability: how often answers of a confidence were right. On the diagonal the confidence tells the truth. Size is the count."""
+    """Reliability: how often answers of a confidence were right. On the diagonal the confidence tells the truth.
+
+    A dot's area is its share of the answers, the thin line its 95% interval: a small dot far off the diagonal says little.
+    """
+    last = list(groups)[-1]
 
     def paint(axes: Any) -> None:
-        last = list(groups)[-1]
         axes.plot([0, 100], [0, 100], color=LINE, linewidth=1.0, zorder=0)
         for name, bins in groups.items():
             colour = ACCENT if name == last else MUTED
             total = sum(bar["count"] for bar in bins)
+            for bar in bins:
+                low, high = wilson(round(bar["accuracy"] * bar["count"]), int(bar["count"]))
+                axes.plot([100 * bar["confidence"]] * 2, [100 * low, 100 * high], color=colour, linewidth=0.9, alpha=0.45)
             xs, ys = [100 * bar["confidence"] for bar in bins], [100 * bar["accuracy"] for bar in bins]
-            axes.plot(xs, ys, color=colour, linewidth=1.0, alpha=0.6)
-            axes.scatter(xs, ys, s=[10 + 160 * bar["count"] / total for bar in bins], color=colour, alpha=0.85, linewidths=0, clip_on=False)
-            axes.annotate(
-                name, (xs[-1], ys[-1]), xytext=(-8, 9 if name == last else -14), textcoords="offset points", color=colour, ha="right"
-            )
+            sizes = [8 + 190 * bar["count"] / total for bar in bins]
+            axes.scatter(xs, ys, s=sizes, color=colour, alpha=0.9, linewidths=0, clip_on=False, zorder=3)
+            if len(groups) > 1:
+                place = 0.97 if name == last else 0.89
+                axes.text(0.03, place, f"\N{BLACK CIRCLE} {name}", transform=axes.transAxes, color=colour, va="top")
         axes.set_xlim(0, 100)
-        axes.set_ylim(0, 104)
+        axes.set_ylim(0, 100)
         axes.set_xlabel("confidence, %")
         axes.set_ylabel(f"{target}, %")
         _grid(axes, "y")
 
-    return _draw(paint, height=3.0, label=label, width=4.6)
+    return _draw(paint, height=3.0, label=label, width=HALF)
 
 
 def timeline(stages: Sequence[Mapping[str, Any]], *, label: str) -> str:

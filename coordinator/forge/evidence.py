@@ -22,9 +22,17 @@ from typing import Any
 from coordinator.forge.calibrate import good_enough
 from coordinator.forge.evaluation import Evaluation, paired_bootstrap
 from coordinator.forge.metrics import at_budget, calibration_error, deferral_area, deferral_curve, paired_ratio, reliability
-from protocol.confidence import DEFAULT_BUDGET, Calibration
+from protocol.confidence import DEFAULT_BUDGET, VERDICT_RIGHT, Calibration
 
 CLOSE = 0.03  # half-width of a ratio's interval that still carries "keeps X%"
+STAGES = {
+    "trim": "vocabulary trimmed", "correct": "teacher, corrected", "cut": "student, cut out", "capture": "teacher's answers",
+    "distil": "student, distilled",
+}  # fmt: skip
+LABELS = {
+    "nearest": "nearest neighbour on the text", "trees": "boosted trees on the figures",
+    "trees_note": "boosted trees on figures and note",
+}  # fmt: skip
 BUDGETS = (0.1, 0.2, 0.25, 0.3)
 CURVE_POINTS = 50  # of a deferral curve kept for the plot
 TEACHER, FLOAT, STUDENT = "teacher", "student_float", "student"  # names with a meaning; any other model is a peer
@@ -44,7 +52,7 @@ def bundle(
     command: str,
     baselines: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
     calibration: Calibration | None = None,
-    lineage: Sequence[Mapping[str, Any]] = (),
+    lineage: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
     not_tested: Sequence[str] = (),
     machine: Mapping[str, Any] | None = None,
     commit: str = "",
@@ -56,7 +64,7 @@ def bundle(
         sets: held-out set ("general", "esteli", ...) -> model ("teacher", "student_float", "student", or a peer) -> evaluation.
         baselines: held-out set -> name -> at least `accuracy` and `accuracy_ci` (share right).
         calibration: of the student's GGUF; judged here on the held-out sets, on which it was not fitted.
-        lineage: steps from teacher to release, each with `name` and what else is known: `digest`, `file_mb`, `note`.
+        lineage: what the pipeline wrote (`Forged.lineage`), or steps as `lineage_steps` gives them.
         not_tested: sentences, added to those that always hold.
         created: seconds since 1970, UTC.
     """
@@ -72,7 +80,7 @@ def bundle(
         "sets": found,
         "statements": [sentence for each in found.values() for sentence in each["statements"]],
         "calibration": None if calibration is None else described(calibration),
-        "lineage": [dict(step) for step in lineage],
+        "lineage": lineage_steps(lineage),
         "not_tested": [*not_tested, *ALWAYS_UNTESTED],
     }
 
@@ -139,6 +147,7 @@ def against(name: str, baseline: Mapping[str, Any], student: Mapping[str, Any], 
         return ""
     low, high = baseline.get("accuracy_ci") or (baseline["accuracy"], baseline["accuracy"])
     figures = f"{baseline['accuracy']:.1%} [{low:.1%}, {high:.1%}] against {student['accuracy']:.1%} [{_span(student)}]"
+    name = LABELS.get(name, name)
     if low > student["accuracy_ci"][1]:
         return f"{where}: the baseline {name} is better than the student: {figures}."
     if high >= student["accuracy_ci"][0]:
@@ -212,6 +221,28 @@ def operating_point(
     return result
 
 
+def live_curve(confidences: Sequence[float], own: Sequence[float], final: Sequence[float], asked: Sequence[bool]) -> dict[str, Any]:
+    """What `operating_point` gives for the plots, from a site's real answers, where the peer's answer is known for the asked ones only.
+
+    Args:
+        own, final: 1.0 where the first answer, and the one after the replies, was right.
+
+    Returns:
+        `ece`, `reliability`, `target`, and `curve` from share 0 to the share that was asked.
+    """
+    curve = deferral_curve(confidences, own, final)
+    count = sum(asked)
+    steps = sorted({round(step * count / CURVE_POINTS) for step in range(CURVE_POINTS + 1)})
+    return {
+        "target": VERDICT_RIGHT,
+        "ece": calibration_error(confidences, own),
+        "reliability": [
+            {"confidence": bar.confidence, "accuracy": bar.accuracy, "count": bar.count} for bar in reliability(confidences, own)
+        ],
+        "curve": [[step / len(own), float(curve[step])] for step in steps],
+    }
+
+
 def described(calibration: Calibration) -> dict[str, Any]:
     """What a reader needs to know of a calibration."""
     return {
@@ -223,6 +254,39 @@ def described(calibration: Calibration) -> dict[str, Any]:
         "adapter_digest": calibration.adapter_digest,
         "thresholds": {f"{budget:g}": calibration.threshold(budget) for budget in BUDGETS},
     }
+
+
+def lineage_steps(lineage: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """From the base model to the file on the node, in order: each step's `name` and what is known of `digest`, `file_mb` and `note`.
+
+    Takes the pipeline's lineage (a mapping from stage to its report) or such steps already made.
+    """
+    if not isinstance(lineage, Mapping):
+        return [dict(step) for step in lineage]
+    if not lineage:
+        return []
+    steps = [{"name": "base model", "digest": lineage.get("base_digest", ""), "note": lineage.get("licence", {}).get("name", "")}]
+    for stage, title in STAGES.items():
+        if report := lineage.get(stage):
+            steps.append({"name": title, "digest": report.get("file_digest", ""), "note": _stage_note(stage, report)})
+    for name, file in lineage.get("export", {}).get("files", {}).items():
+        kind = lineage["export"].get(name.removesuffix(".gguf"), "F16")
+        steps.append({"name": name, "digest": file["digest"], "note": kind, "file_mb": file["bytes"] / (1 << 20)})
+    return steps
+
+
+def _stage_note(stage: str, report: Mapping[str, Any]) -> str:
+    """One line on what a stage did, from its own figures."""
+    match stage, report:
+        case "trim", {"before": before, "after": after}:
+            return f"{before:,} to {after:,} pieces"
+        case "cut", {"kept": kept, "of": blocks}:
+            return f"{len(kept)} of {blocks} blocks"
+        case "capture", {"records": count}:
+            return f"on {count:,} records"
+        case _, {"training": {"examples": count, "first_loss": first, "last_loss": last}}:
+            return f"{count:,} examples, loss {first:.2f} to {last:.2f}"
+    return ""
 
 
 def machine() -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 
 import jinja2
 
-from coordinator.forge import charts
+from coordinator.forge import charts, evidence
 from protocol.blobs import write_atomically
 
-LABELS = {"teacher": "teacher", "student_float": "student, float", "student": "student, GGUF"}
+LABELS = {"teacher": "teacher", "student_float": "student, float", "student": "student, GGUF", **evidence.LABELS}
 
 
 def evidence_page(bundle: Mapping[str, Any]) -> str:
@@ -39,17 +39,19 @@ def run_page(run: Mapping[str, Any]) -> str:
             baselines       {name: {accuracy, accuracy_ci}}
             sites           {name: {before: S, after: S, paired: {diff, low, high, p}}} with
                             S = {accuracy, accuracy_ci, escalated, accuracy_with_escalation, accuracy_at_budget, latency_p50_ms, n}
-                            and, for the plots, what `evidence.operating_point` gives: S.curve, S.reliability, S.target (optional)
+                            and, for the plots, what `evidence.operating_point` or `evidence.live_curve` gives (optional): curve, reliability, target
             budget          the share behind accuracy_at_budget (optional)
             stages          [{name, seconds, cached}] in order
             gate            {release: bool, reasons: [sentence, ...]} (optional)
             evidence        bundle of the release (optional): its sentences, lineage and signatures are shown
-            lineage         [{name, note, digest, file_mb}] (default: the evidence's)
+            lineage         as `evidence.lineage_steps` takes it (where the evidence has none)
             not_tested      [sentence, ...];   dashboard_url (optional)
     """
-    evidence = run.get("evidence") or {}
+    proof = run.get("evidence") or {}
     models = [(key, run[key]) for key in ("teacher", "student_float", "student") if run.get(key)]
-    models += [(f"{name} (baseline)", figures) for name, figures in (run.get("baselines") or {}).items() if "accuracy" in figures]
+    models += [
+        (f"{LABELS.get(name, name)} (baseline)", figures) for name, figures in (run.get("baselines") or {}).items() if "accuracy" in figures
+    ]
     found = {
         "models": charts.bars(
             [(LABELS.get(key, key), model["accuracy"], model.get("accuracy_ci"), key == "student") for key, model in models],
@@ -60,8 +62,8 @@ def run_page(run: Mapping[str, Any]) -> str:
         "timeline": charts.timeline(run["stages"], label="Seconds by stage") if run.get("stages") else "",
     }  # fmt: skip
     return _environment().get_template("run.html").render(
-        r={**run, "caution": _caution(run), "not_tested": run.get("not_tested") or evidence.get("not_tested") or []},
-        charts=found, models=models, lineage=run.get("lineage") or evidence.get("lineage"),
+        r={**run, "caution": _caution(run), "not_tested": run.get("not_tested") or proof.get("not_tested") or []},
+        charts=found, models=models, lineage=proof.get("lineage") or evidence.lineage_steps(run.get("lineage") or ()),
         signatures=_signatures(model for _, model in models),
     )  # fmt: skip
 
@@ -86,7 +88,11 @@ def _set_charts(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     rows: list[charts.Row] = [
         (LABELS.get(which, which), model[key], model[f"{key}_ci"], which == "student") for which, model in found["models"].items()
     ]
-    rows += [(f"{which} (baseline)", base[key], base.get(f"{key}_ci"), False) for which, base in found["baselines"].items() if key in base]
+    rows += [
+        (f"{LABELS.get(which, which)} (baseline)", base[key], base.get(f"{key}_ci"), False)
+        for which, base in found["baselines"].items()
+        if key in base
+    ]
     result: dict[str, Any] = {
         "verdicts": verdicts,
         "bars": charts.bars(rows, unit="verdicts right, %" if verdicts else "chrF", label=f"{name}: quality by model", share=verdicts),
@@ -131,6 +137,7 @@ def _environment() -> jinja2.Environment:
     )  # fmt: skip
     environment.filters |= {
         "percent": lambda value: _or_dash(value, lambda v: f"{100 * v:.1f}%"),
+        "whole": lambda value: f"{100 * value:.0f}%",
         "span": lambda interval: f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]",
         "signed": lambda value: f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}"),
         "chance": lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}",
@@ -155,4 +162,3 @@ def _change(after: Any, before: Any) -> str:
     if any(value is None or isinstance(value, jinja2.Undefined) for value in (after, before)):
         return ""
     return f"{100 * (after - before):+.1f}".replace("-", "\N{MINUS SIGN}")
-
