@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from coordinator.forge.evidence import live_curve
 from coordinator.forge.metrics import at_budget, wilson
 from protocol import codec
 from protocol.errors import Unavailable
@@ -125,4 +126,5 @@ def figures(asked: Sequence[Asked]) -> dict[str, Any]:
         "latency_p50_ms": 1000 * seconds[len(seconds) // 2],
         "latency_p95_ms": 1000 * seconds[int(0.95 * (len(seconds) - 1))],
         "states": dict(states),
+        **live_curve([item.confidence for item in asked], right, final, [item.escalated for item in asked]),  # for the report's plots
     }

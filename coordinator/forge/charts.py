@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coordinator.forge.metrics import wilson
+from protocol.confidence import interpolate
 
 INK, MUTED, LINE, ACCENT, FAINT = "#010101", "#020202", "#030303", "#040404", "#050505"
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", ACCENT: "var(--accent)", FAINT: "var(--faint)"}
@@ -95,7 +96,9 @@ def deferral(curves: Mapping[str, Sequence[Sequence[float]]], *, points: Mapping
             if name in points:
                 axes.plot([100 * points[name][0]], [scale * points[name][1]], "o", color=colour, markersize=5, clip_on=False)
             place = round(0.55 * (len(xs) - 1))
-            offset = (0, 8) if name == last else (0, -15)
+            at = xs[place]
+            others = [interpolate(at, [(100 * x, scale * y) for x, y in other]) for key, other in curves.items() if key != name]
+            offset = (0, 8) if all(ys[place] >= other for other in others) else (0, -15)
             axes.annotate(name, (xs[place], ys[place]), xytext=offset, textcoords="offset points", color=colour, ha="center")
         axes.set_xlim(0, min(100.0, 1.06 * 100 * max(curve[-1][0] for curve in curves.values())))
         axes.set_ylim(max(0.0, min(everything) - 0.15 * span), min(100.0, max(everything) + 0.2 * span))

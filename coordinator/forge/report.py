@@ -39,7 +39,7 @@ def run_page(run: Mapping[str, Any]) -> str:
             baselines       {name: {accuracy, accuracy_ci}}
             sites           {name: {before: S, after: S, paired: {diff, low, high, p}}} with
                             S = {accuracy, accuracy_ci, escalated, accuracy_with_escalation, accuracy_at_budget, latency_p50_ms, n}
-                            and, for the plots, what `evidence.operating_point` or `evidence.live_curve` gives (optional): curve, reliability, target
+                            and, for the plots, what `evidence.operating_point` or `evidence.live_curve` gives (optional)
             budget          the share behind accuracy_at_budget (optional)
             stages          [{name, seconds, cached}] in order
             gate            {release: bool, reasons: [sentence, ...]} (optional)
