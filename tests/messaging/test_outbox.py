@@ -1,0 +1,382 @@
+"""protocol/outbox.py: bookkeeping, without a broker."""
+
+from concurrent.futures import Future
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from sqlalchemy.orm import Session as Transaction
+
+from protocol.errors import BadInput, ConnectionLost, TooLarge, Unavailable
+from protocol.outbox import IN_FLIGHT, MESSAGE_LIMIT, PARKED_LIMIT, RESEND_CAP_S, STRIKES, Drain, Inbox, Outbox
+
+
+class Clock:
+    def __init__(self, now: float = 1_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeLink:
+    """What a session does with a message, decided by the test: `answer` is None (PUBACK), an error, or "wait"."""
+
+    def __init__(self) -> None:
+        self.connected = True
+        self.answer = lambda topic: None
+        self.sent: list[str] = []
+        self.flying: dict[str, Future[None]] = {}
+
+    def send(self, topic, payload, *, response_topic=None, correlation=None, expiry=None, timeout=0.0):
+        self.sent.append(payload.decode())
+        future: Future[None] = Future()
+        answer = self.answer(payload.decode())
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        elif answer is None:
+            future.set_result(None)
+        else:
+            self.flying[payload.decode()] = future
+        return future
+
+    def lose_connection(self) -> None:
+        for future in self.flying.values():
+            future.set_exception(ConnectionLost("gone"))
+        self.flying.clear()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def box(database, clock):
+    return Outbox(database, clock=clock)
+
+
+@pytest.fixture
+def link():
+    return FakeLink()
+
+
+def put(box, id, kind="event", **options):
+    with box.engine.begin() as connection:
+        return box.put(connection, "t", id.encode(), id=id, kind=kind, **options)
+
+
+def ids(box):
+    return [row.id for row in box.waiting()]
+
+
+def test_a_message_shares_the_fate_of_the_transaction_it_was_put_in(box):
+    with pytest.raises(ZeroDivisionError), Transaction(box.engine) as session, session.begin():
+        box.put(session, "t", b"x", id="a", kind="event")
+        raise ZeroDivisionError
+
+    assert ids(box) == []
+
+
+def test_the_same_id_waits_once(box):
+    assert put(box, "a") is True
+    assert put(box, "a") is False
+    assert ids(box) == ["a"]
+
+
+def test_an_event_leaves_oldest_first_and_stays_until_the_coordinator_has_it(box, link):
+    for id in ("a", "b", "c"):
+        put(box, id)
+    drain = Drain(box, link)
+
+    drain.step()
+    drain.step()
+
+    assert link.sent == ["a", "b", "c"]
+    assert ids(box) == ["a", "b", "c"]
+    with box.engine.begin() as connection:
+        assert box.settle(connection, "a", "c", "never seen") == 2
+    assert ids(box) == ["b"]
+
+
+def test_a_reply_is_done_when_the_broker_has_it(box, link):
+    put(box, "r", "reply")
+    drain = Drain(box, link)
+
+    drain.step()
+    drain.step()
+
+    assert ids(box) == []
+
+
+def test_an_event_nobody_acknowledged_leaves_again_later_and_later(box, link, clock):
+    put(box, "a")
+    drain = Drain(box, link)
+    gaps = []
+    for _ in range(10):
+        waited = 0.0
+        before = len(link.sent)
+        while len(link.sent) == before:
+            drain.step()
+            drain.step()
+            clock.now += 10
+            waited += 10
+        gaps.append(waited)
+
+    assert gaps[1:4] == [60, 120, 240]
+    assert max(gaps) <= RESEND_CAP_S + 20
+
+
+def test_a_clock_set_back_holds_nothing_up(box, link, clock):
+    put(box, "a")
+    drain = Drain(box, link)
+    drain.step()
+    drain.step()
+
+    clock.now = 0.0
+    drain.step()
+
+    assert link.sent == ["a", "a"]
+
+
+def test_while_the_broker_is_away_messages_wait_and_then_leave(box, link):
+    link.connected = False
+    put(box, "a")
+    drain = Drain(box, link)
+    drain.step()
+    assert link.sent == []
+
+    link.connected = True
+    drain.step()
+
+    assert link.sent == ["a"]
+
+
+def test_no_more_than_the_limit_is_in_flight(box, link):
+    link.answer = lambda id: "wait"
+    for number in range(3 * IN_FLIGHT):
+        put(box, f"{number:02d}")
+    drain = Drain(box, link)
+
+    assert drain.step() == IN_FLIGHT
+    assert drain.step() == IN_FLIGHT
+    link.flying.pop("03").set_result(None)
+    drain.step()
+
+    assert link.sent == [f"{number:02d}" for number in range(IN_FLIGHT + 1)]
+
+
+def test_what_expired_leaves_unsent_and_is_told(database, clock, link):
+    told = []
+    box = Outbox(database, clock=clock, on_dropped=lambda *what: told.append(what))
+    put(box, "short", "question", expires=clock.now + 10)
+    put(box, "long", "question", expires=clock.now + 1_000)
+    clock.now += 11
+    drain = Drain(box, link)
+
+    drain.step()
+
+    assert link.sent == ["long"]
+    assert told == [("short", "question", "expired")]
+
+
+def test_a_poison_message_is_parked_after_three_ended_connections_and_the_others_leave(box, link):
+    """The broker ends the connection whenever it sees the poison: whatever was in flight with it must not be parked along."""
+    link.answer = lambda id: "wait"
+    for id in ("a", "poison", "c", "d"):
+        put(box, id)
+    drain = Drain(box, link)
+    rounds = 0
+    while ids(box) and rounds < 40:
+        rounds += 1
+        drain.step()
+        if "poison" in link.flying:
+            link.lose_connection()
+        for id in list(link.flying):
+            link.flying.pop(id).set_result(None)
+        received = [row.id for row in box.waiting() if row.sent]
+        with box.engine.begin() as connection:
+            box.settle(connection, *received)
+
+    assert [(row.id, row.payload) for row in box.parked()] == [("poison", b"poison")]
+    assert link.sent.count("poison") == STRIKES
+    assert {"a", "c", "d"} <= set(link.sent)
+    assert ids(box) == []
+
+
+def test_a_message_the_broker_finds_too_large_is_parked_at_once(box, link):
+    link.answer = lambda id: TooLarge("over 10 bytes") if id == "big" else None
+    put(box, "big")
+    put(box, "small")
+    drain = Drain(box, link)
+    drain.step()
+    drain.step()
+
+    assert [(row.id, row.reason) for row in box.parked()] == [("big", "over 10 bytes")]
+    assert link.sent == ["big", "small"]
+
+
+def test_a_message_the_broker_may_not_take_waits_for_the_operator_and_holds_nobody_up(box, link):
+    link.answer = lambda id: BadInput("access list") if id == "not-mine" else None
+    put(box, "not-mine")
+    put(box, "mine", "reply")
+    drain = Drain(box, link)
+    drain.step()
+    drain.step()
+
+    assert link.sent == ["not-mine", "mine"]
+    assert ids(box) == ["not-mine"]
+    assert box.parked() == []
+
+
+def test_an_oversized_message_is_refused_before_it_waits(box):
+    with pytest.raises(TooLarge), box.engine.begin() as connection:
+        box.put(connection, "t", b"x" * (MESSAGE_LIMIT + 1), id="a", kind="event")
+
+
+@pytest.mark.parametrize(("id", "topic", "kind"), [("", "t", "event"), ("a", "", "event"), ("a", "t", "gossip")])
+def test_a_message_without_id_topic_or_known_kind_is_refused(box, id, topic, kind):
+    with pytest.raises(BadInput), box.engine.begin() as connection:
+        box.put(connection, topic, b"x", id=id, kind=kind)
+
+
+def test_a_full_outbox_drops_the_oldest_question_first_and_events_last_and_keeps_the_reason(database, clock):
+    box = Outbox(database, row_limit=3, clock=clock)
+    for id, kind in (("e1", "event"), ("q1", "question"), ("r1", "reply"), ("e2", "event"), ("e3", "event"), ("e4", "event")):
+        put(box, id, kind)
+
+    assert ids(box) == ["e2", "e3", "e4"]
+    assert [(row.id, row.payload) for row in box.parked()] == [("q1", b""), ("r1", b""), ("e1", b"")]
+    assert "oldest question went" in box.parked()[0].reason
+
+
+def test_parked_messages_are_bounded(database, clock):
+    box = Outbox(database, row_limit=1, clock=clock)
+    with box.engine.begin() as connection:
+        for number in range(PARKED_LIMIT + 20):
+            box.put(connection, "t", b"x", id=str(number), kind="event")
+
+    assert len(box.parked()) == PARKED_LIMIT
+
+
+def test_an_id_is_seen_once_within_the_horizon_and_only_if_its_transaction_held(database, clock):
+    inbox = Inbox(database, horizon=100, clock=clock)
+    with pytest.raises(ZeroDivisionError), database.begin() as connection:
+        assert inbox.seen(connection, "a") is False
+        raise ZeroDivisionError
+    with database.begin() as connection:
+        assert inbox.seen(connection, "a") is False
+    with database.begin() as connection:
+        assert inbox.seen(connection, "a") is True
+    clock.now += 101
+
+    assert inbox.sweep() == 1
+
+
+def test_a_round_that_fails_on_the_database_loses_no_message(box, link, monkeypatch):
+    put(box, "a", "reply")
+    drain = Drain(box, link)
+    drain.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(box, "handed_over", lambda id: (_ for _ in ()).throw(sa.exc.OperationalError("", {}, Exception("disk is full"))))
+        with pytest.raises(sa.exc.OperationalError):
+            drain.step()
+
+    drain.step()
+    drain.step()
+
+    assert link.sent == ["a", "a"]
+    assert ids(box) == []
+
+
+class Bookkeeping(RuleBasedStateMachine):
+    """Whatever the broker, the coordinator and the power do: every event is waiting, parked or acknowledged, and nothing else is."""
+
+    messages = Bundle("messages")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = sa.create_engine("sqlite://", poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False})
+        self.clock = Clock()
+        self.box = Outbox(self.engine, row_limit=6, clock=self.clock)
+        self.link = FakeLink()
+        self.link.answer = lambda id: "wait"
+        self.drain = Drain(self.box, self.link)
+        self.put: dict[str, str] = {}
+        self.settled: set[str] = set()
+        self.delivered: set[str] = set()
+
+    def teardown(self) -> None:
+        self.engine.dispose()
+
+    @rule(target=messages, kind=st.sampled_from(["event", "question", "reply"]))
+    def put_one(self, kind):
+        id = f"{len(self.put):03d}"
+        put(self.box, id, kind)
+        self.put[id] = kind
+        return id
+
+    @rule(id=messages)
+    def put_again(self, id):
+        if id in ids(self.box):
+            assert put(self.box, id, self.put[id]) is False
+
+    @rule()
+    def drain_once(self):
+        self.drain.step()
+
+    @rule()
+    def broker_acknowledges(self):
+        for id in list(self.link.flying):
+            self.link.flying.pop(id).set_result(None)
+            if self.put[id] == "reply":
+                self.delivered.add(id)
+        self.drain.step()
+
+    @rule()
+    def connection_ends(self):
+        self.link.lose_connection()
+        self.drain.step()
+
+    @rule()
+    def broker_is_short_of_room(self):
+        for id in list(self.link.flying):
+            self.link.flying.pop(id).set_exception(Unavailable("quota exceeded"))
+        self.drain.step()
+
+    @rule()
+    def killed_and_started_again(self):
+        self.link.flying.clear()
+        self.drain = Drain(Outbox(self.engine, row_limit=6, clock=self.clock), self.link)
+
+    @rule(seconds=st.sampled_from([1, 70, 4_000]))
+    def time_passes(self, seconds):
+        self.clock.now += seconds
+
+    @rule(id=consumes(messages))
+    def receiver_answers(self, id):
+        with self.engine.begin() as connection:
+            self.box.settle(connection, id)
+        self.settled.add(id)
+
+    @invariant()
+    def every_message_is_accounted_for(self):
+        waiting = ids(self.box)
+        parked = {row.id for row in self.box.parked()}
+        assert len(waiting) <= 6
+        assert sorted(waiting) == waiting
+        assert len(set(waiting)) == len(waiting)
+        assert set(self.put) == set(waiting) | parked | self.settled | self.delivered
+        assert not set(waiting) & self.settled
+        assert not set(waiting) & parked
+
+    @invariant()
+    def a_suspect_flies_alone(self):
+        suspects = [row.id for row in self.box.waiting() if row.strikes and row.id in self.link.flying]
+        assert not suspects or len(self.link.flying) == 1
+
+
+TestBookkeeping = Bookkeeping.TestCase
+TestBookkeeping.settings = settings(max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
