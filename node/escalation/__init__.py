@@ -1,6 +1,5 @@
-"""Asking peers and answering for them, over MQTT and through the durable outbox.
+"""Asking peers and answering for them, over MQTT and through the durable outbox. Wired together in `node.messaging`.
 
-link        everything below, wired: one session, one outbox, one drain; what `node.app` builds and ticks
 asking      a question to one or several peers, and what their replies do
 serving     answering other nodes' questions
 consensus   which of several replies stands (no I/O)
