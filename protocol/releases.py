@@ -16,6 +16,8 @@ Kind = Literal["model", "adapter", "initial-adapter", "calibration", "evidence"]
 
 MANIFEST_LIMIT = 64 * 1024  # bytes; the largest real one is about 3 kB
 MANIFEST_NAME = "releases/{number}.json"  # name of the TUF target
+BLOB_NAME = "blobs/{digest}"  # name of the TUF target of each file
+SIGNED_AT = "x-milpa-signed-at"  # field of the TUF timestamp, seconds since 1970: moves the clock floor of boards without a clock
 
 
 class ReleaseFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -36,13 +36,23 @@ from protocol import codec
 from protocol.blobs import BlobFolder, sync_folder, write_atomically
 from protocol.digests import digest_bytes, digest_file
 from protocol.errors import BadInput, NumberAlreadySeen, TooLarge, TrustError, Unavailable, WrongDigest
-from protocol.releases import MANIFEST_LIMIT, MANIFEST_NAME, Kind, KnownAnswer, Release, ReleaseFile, Role, checked_release
+from protocol.releases import (
+    BLOB_NAME,
+    MANIFEST_LIMIT,
+    MANIFEST_NAME,
+    SIGNED_AT,
+    Kind,
+    KnownAnswer,
+    Release,
+    ReleaseFile,
+    Role,
+    checked_release,
+)
 
 TIMESTAMP_DAYS = 30  # a node that sleeps through a rainy month must still find fresh metadata (fleet.md 1.4: 14 to 30 for solar and LoRa)
 SIGNED_DAYS = 365  # targets and snapshot; re-signed by `refresh_timestamp` when fewer than TIMESTAMP_DAYS are left
 ROOT_DAYS = 3650  # replaced by hand, from the offline keys
 LOCK_WAIT_S = 60.0  # seconds; signing takes milliseconds, copying a model some seconds
-SIGNED_AT = "x-milpa-signed-at"  # field of the timestamp role, seconds since 1970: moves the clock floor of boards without a clock
 
 _online = ("targets", "snapshot", "timestamp")
 
@@ -188,7 +198,8 @@ class Publisher:
                 self._store(file, files.get(file.digest) or files.get(file.name))
             targets = state.targets.signed
             for file in release.files:
-                targets.targets[f"blobs/{file.digest}"] = TargetFile(file.size, {"sha256": file.digest}, f"blobs/{file.digest}")
+                name = BLOB_NAME.format(digest=file.digest)
+                targets.targets[name] = TargetFile(file.size, {"sha256": file.digest}, name)
             name = MANIFEST_NAME.format(number=release.number)
             digest = digest_bytes(manifest)
             targets.targets[name] = TargetFile(len(manifest), {"sha256": digest}, name)
