@@ -48,7 +48,8 @@ def run_node(
     from node.settings import read
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("httpx", "uvicorn.error"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     flags = {
         "node.state_dir": state_dir, "node.name": name, "model.path": model, "model.task": task, "api.host": host, "api.port": port,
         "model.threads": threads, "broker.host": broker,
@@ -87,7 +88,7 @@ def ask(
     if json:
         print_json(answer)
         return
-    typer.echo(answer["text"])
+    typer.echo("".join(sign if sign.isprintable() else " " for sign in answer["text"]))  # a model may say anything, terminal codes too
     note = ", provisional: a peer is being asked" if answer["provisional"] else ""
     stderr.print(f"{answer['reason']}{note}", style="dim", markup=False, highlight=False)
 

@@ -45,7 +45,7 @@ def examine(settings: NodeSettings, *, now: Callable[[], float] = time.time) -> 
         port(settings, running=bool(running)),
         model(settings, running=running),
         broker(settings, running=running),
-        release(settings, now()),
+        release(settings, now(), running=running),
     ]
 
 
@@ -124,9 +124,9 @@ def broker(settings: NodeSettings, *, running: dict[str, object]) -> Finding:
     return Finding("broker", "good", f"{host}:{number} answers")
 
 
-def release(settings: NodeSettings, now: float) -> Finding:
+def release(settings: NodeSettings, now: float, *, running: dict[str, object]) -> Finding:
     """Whether updates still come."""
-    if settings.model.path:
+    if settings.model.path or (running.get("ready") and not running.get("release")):
         return Finding("release", "good", "a fixed model file; no updates")
     active = Slots(settings.state_dir, role=settings.node.role).active() if settings.state_dir.is_dir() else None
     if active is None:

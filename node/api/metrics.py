@@ -5,12 +5,15 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from node.answering import Given
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 SHARES = tuple(round(0.1 * step, 1) for step in range(1, 11))
+
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside every first one, of use to nobody here
 
 
 class Metrics:

@@ -162,7 +162,7 @@ def _tell_errors(app: FastAPI, answering: Answering) -> None:
     async def body(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:]) or None
-        message = f"{where}: {first['msg']}" if where else str(first["msg"])
+        message = f"{where}: {first['msg']}" if where else "send a JSON object, as application/json"
         if error.body is not None:
             await run_in_threadpool(answering.refuse, str(error.body), reason=message, origin="api")
         return JSONResponse(error_body(message, "invalid_request_error", "bad_input", where), 400)

@@ -7,6 +7,7 @@ Rules:
 Limits: `capacity` waiting requests; no batching, since one sequence already uses every thread it is given.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -21,7 +22,7 @@ from protocol.confidence import Calibration
 from protocol.errors import BadInput, Unavailable
 from protocol.models.engine import Generation
 
-IDLE_S = 0.5  # seconds between looks at the stop flag when nothing is asked
+IDLE_S = 5.0  # seconds between looks at the stop flag when nothing is asked; `stop` wakes the thread anyway
 
 
 class Busy(Unavailable):
@@ -77,7 +78,7 @@ class Worker:
     """Owns the speaker. `start`, `ask` from any thread, `stop`."""
 
     def __init__(self, *, capacity: int = 16, clock: Callable[[], float] = time.monotonic) -> None:
-        self._jobs: queue.Queue[_Job] = queue.Queue(maxsize=capacity)
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=capacity)
         self._clock = clock
         self._swap = threading.Lock()  # held while the model speaks and while it is exchanged
         self._speaker: Speaker | None = None
@@ -106,10 +107,14 @@ class Worker:
     def stop(self, *, timeout_s: float = 10.0) -> None:
         """Refuse what waits, finish the record under way, free the model."""
         self._stopping.set()
+        with contextlib.suppress(queue.Full):  # a full queue needs no waking
+            self._jobs.put_nowait(None)
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         while not self._jobs.empty():
-            self._jobs.get_nowait().done.set_exception(Unavailable("the node is stopping"))
+            job = self._jobs.get_nowait()
+            if job is not None and job.done.set_running_or_notify_cancel():
+                job.done.set_exception(Unavailable("the node is stopping"))
         if not self._thread.is_alive():  # else the record under way still uses the model: the process ends soon, memory with it
             self.swap_after_current_record(None)
 
@@ -150,8 +155,8 @@ class Worker:
                 job = self._jobs.get(timeout=IDLE_S)
             except queue.Empty:
                 continue
-            if not job.done.set_running_or_notify_cancel():
-                continue  # its asker has gone
+            if job is None or not job.done.set_running_or_notify_cancel():
+                continue  # woken, or its asker has gone
             try:
                 job.done.set_result(self._speak(job))
             except Exception as error:  # the asker gets it; the owner thread must outlive any single prompt

@@ -1,0 +1,130 @@
+"""A node in memory: a real store and a real engine thread, a small engine, and somebody to ask who only takes notes."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from node.answering import Answering
+from node.api import routes
+from node.api.metrics import Metrics
+from node.engine.worker import Speaker, Worker
+from node.store import Store
+from protocol.digests import digest_bytes
+from protocol.messages import Question, Reply
+from protocol.tasks import Record
+from tests.node.fake_engine import FakeEngine
+
+NOW = 1_800_000_000.0
+
+
+class Clock:
+    """A clock that stands until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Notes:
+    """Takes questions and events down; `fails` makes the next question fail."""
+
+    def __init__(self, deadline_s: float = 600.0) -> None:
+        self.deadline_s = deadline_s
+        self.questions: list[Question] = []
+        self.events: list[tuple[str, dict[str, float], dict[str, str]]] = []
+        self.fails = False
+
+    def ask(self, session: Any, question: Question) -> None:
+        if self.fails:
+            raise OSError("no space left")
+        self.questions.append(question)
+
+    def report(self, session: Any, kind: str, figures: dict[str, float], detail: dict[str, str]) -> None:
+        self.events.append((kind, figures, detail))
+
+
+class NodeInMemory:
+    """What the tests hold in their hands."""
+
+    def __init__(self, folder: Path, engine: FakeEngine, *, asking: Notes | None, budget: float, capacity: int, deadline_s: float) -> None:
+        self.engine, self.asking, self.clock, self.metrics = engine, asking, Clock(), Metrics()
+        self.store = Store(folder / "node.db")
+        self.worker = Worker(capacity=capacity)
+        self.worker.swap_after_current_record(Speaker(engine, "ranch", release=1))
+        self.worker.start()
+        self.answering = Answering(
+            self.store, self.worker, node="esteli", site="esteli", budget=budget, asking=asking, clock=self.clock, watch=self.metrics
+        )
+        self.app = routes.build(
+            self.answering, self.metrics, default_task="ranch", deadline_s=deadline_s, status=dict,
+            why_not_ready=lambda: "" if self.worker.speaker else "no model yet",
+        )  # fmt: skip
+
+    def answer(self, source: str = "soil 21 C", **fields: Any) -> Any:
+        record = Record(id="r1", task="ranch", source=source, **fields)
+        return self.answering.answer(record, deadline_s=10)
+
+    def row(self, answer_id: str) -> Any:
+        from sqlalchemy import select
+
+        from node.store import AnswerRow
+
+        with self.store.transaction() as session:
+            return session.scalar(select(AnswerRow).where(AnswerRow.id == answer_id))
+
+    def refused(self) -> list[tuple[str, str]]:
+        from sqlalchemy import select
+
+        from node.store import RefusedRow
+
+        with self.store.transaction() as session:
+            return [(row.origin, row.reason) for row in session.scalars(select(RefusedRow))]
+
+    def client(self) -> TestClient:
+        return TestClient(self.app, base_url="http://127.0.0.1", raise_server_exceptions=False)
+
+    def close(self) -> None:
+        self.engine.gate.set()
+        self.worker.stop()
+        self.store.close()
+
+
+def reply_to(question: Question, text: str, **fields: Any) -> Reply:
+    values: dict[str, Any] = {
+        "id": f"reply-{text}", "question": question.id, "question_digest": digest_bytes(question.prompt.encode()), "peer": "base-station",
+        "model_digest": "f" * 64, "text": text, "confidence": 0.9,
+    }  # fmt: skip
+    return Reply(**(values | fields))
+
+
+@pytest.fixture
+def make_node(tmp_path: Path) -> Iterator[Callable[..., NodeInMemory]]:
+    made: list[NodeInMemory] = []
+
+    def make(
+        engine: FakeEngine | None = None, *, asking: Notes | None = None, budget: float = 0.25, capacity: int = 4, deadline_s: float = 10.0
+    ) -> NodeInMemory:
+        folder = tmp_path / f"node{len(made)}"
+        made.append(NodeInMemory(folder, engine or FakeEngine(), asking=asking, budget=budget, capacity=capacity, deadline_s=deadline_s))
+        return made[-1]
+
+    yield make
+    for node in made:
+        node.close()
+
+
+@pytest.fixture
+def unsure(make_node: Callable[..., NodeInMemory]) -> NodeInMemory:
+    """A node whose model is never sure, with somebody to ask."""
+    return make_node(FakeEngine(default=" leak: the pipe lost pressure", probability=0.3), asking=Notes())
+
+
+@pytest.fixture
+def sure(make_node: Callable[..., NodeInMemory]) -> NodeInMemory:
+    """A node whose model is always sure, with somebody to ask."""
+    return make_node(FakeEngine(default=" normal: all is well", probability=0.99), asking=Notes())
