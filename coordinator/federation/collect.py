@@ -131,9 +131,9 @@ def collect(
 
 
 def load(folder: Path) -> list[tuple[Reply, Flat | None]]:
-    """Everything that arrived in a round, in order of file name. A file that does not fit its digest comes without numbers."""
+    """Everything that arrived in a round, in order of arrival. A file that does not fit its digest comes without numbers."""
     found: list[tuple[Reply, Flat | None]] = []
-    for path in sorted(folder.glob("*-*.json")):
+    for path in sorted(folder.glob("*-*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
         reply = codec.decode_as(path.read_bytes(), Reply, limit=REPLY_LIMIT * 2, what=str(path))
         found.append((reply, read_adapter(folder, reply)))
     return found

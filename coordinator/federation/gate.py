@@ -51,7 +51,7 @@ def decide(
     passed: list[str] = []
     failed: list[str] = []
     (passed if together.low > 0 else failed).append(
-        f"sites together: {together.words()}" + ("" if together.low > 0 else "; the interval does not lie above zero")
+        together.words() + ("" if together.low > 0 else "; the interval does not lie above zero")
     )
     if general is None:
         passed.append("no general set was given: loss of general ability was not looked for")

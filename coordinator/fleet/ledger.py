@@ -130,22 +130,35 @@ class Ledger:
                 command.upgrade(config, "head")
         except CommandError as error:
             raise BadInput(f"{self.where} was written by a newer Milpa ({error}); run that version") from error
-        except sa.exc.DBAPIError as error:
-            raise Unavailable(f"the ledger {self.where} does not open: {_first_line(error)}") from error
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
-        """A connection that sees one consistent state."""
-        with self.engine.connect() as connection:
+        """A connection that sees one consistent state.
+
+        Raises:
+            Unavailable: the database does not answer.
+        """
+        with self._answering(), self.engine.connect() as connection:
             yield connection
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """A transaction that holds the write lock from its first line, so that what it read is still true when it writes."""
-        with self.engine.connect().execution_options(milpa_write=True) as connection, connection.begin():
+        """A transaction that holds the write lock from its first line, so that what it read is still true when it writes.
+
+        Raises:
+            Unavailable: the database does not answer, or another writer holds it for longer than BUSY_S; nothing was written.
+        """
+        with self._answering(), self.engine.connect().execution_options(milpa_write=True) as connection, connection.begin():
             if not self.is_sqlite:
                 connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7264261)")  # one writer at a time, as SQLite has it
             yield connection
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except sa.exc.OperationalError as error:
+            raise Unavailable(f"the ledger {self.where} does not answer: {_first_line(error)}") from error
 
     def mark(self) -> tuple[int, ...]:
         """A cheap token that changes whenever something worth showing changed, in whatever process."""
@@ -316,6 +329,14 @@ class Ledger:
                 connection, actor=name, action=action, subject=f"round {round_id}", detail={"digest": digest, "reason": _clean(reason)}
             )
             return True
+
+    def refuse_reply(self, round_id: int, node: str, digest: str, reason: str) -> None:
+        """Turn an accepted adapter into a refused one: some reasons show only when all have come. Nothing happens to an unknown one."""
+        name = checked_name(node, what="node")
+        same = (adapters.c.round == round_id) & (adapters.c.node == name) & (adapters.c.digest == digest) & adapters.c.accepted
+        with self.write() as connection:
+            if connection.execute(adapters.update().where(same).values(accepted=False, reason=_clean(reason))).rowcount:
+                self._audit(connection, name, "adapter refused", f"round {round_id}", {"digest": digest, "reason": _clean(reason)})
 
     def close_round(self, round_id: int, result: Mapping[str, Any], *, closed: int | None = None, actor: str = "coordinator") -> None:
         """Note how a round ended: figures per site, the gate's decision. A round closes once; a second close is refused.
