@@ -22,13 +22,7 @@ from protocol.models.checkpoint import (
     encode_tensor,
 )
 
-WORDS = (
-    "normal irrigation due saturated soil crop stress leak dry run clogged filter valve stuck tank low overflow sensor "
-    "offset rain blocked panel soiled battery cold aged gateway loss radio weak the is and water pump flow "
-    "level moisture since hours note night sun power el la de agua bomba tanque suelo seco riego hoja "
-    "nota noche sin fuga nivel del que en es y por con the cat sat on a mat "
-    "English Spanish"
-).split()
+WORDS = ["normal", "irrigation", "due", "saturated", "soil", "crop", "stress", "leak", "dry", "run", "clogged", "filter", "valve", "stuck", "tank", "low", "overflow", "sensor", "offset", "rain", "blocked", "panel", "soiled", "battery", "cold", "aged", "gateway", "loss", "radio", "weak", "the", "is", "and", "water", "pump", "flow", "level", "moisture", "since", "hours", "note", "night", "sun", "power", "el", "la", "de", "agua", "bomba", "tanque", "suelo", "seco", "riego", "hoja", "nota", "noche", "sin", "fuga", "nivel", "del", "que", "en", "es", "y", "por", "con", "the", "cat", "sat", "on", "a", "mat", "English", "Spanish"]
 
 CHARACTERS = "▁\nabcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789áéíóúñüÁÉÍÓÚÑ¿¡.,:;!?'\"()%/+-=_*&"
 

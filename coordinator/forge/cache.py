@@ -2,7 +2,7 @@
 
 One record an example: its token ids' digest, top-k ids (bit-packed), log-probabilities (float16) and the log of the mass outside.
 Rules:
- * Append only, in shards; each record carries a CRC. After kill -9 the record in flight is cut off, nothing else is lost, and none is doubled.
+ * Append only, in shards; each record carries a CRC. After kill -9 the record in flight is cut off, no other is lost, none is doubled.
  * The header names teacher, tokeniser, temperature and k; a cache of another teacher is refused, never mixed.
  * Size: k * (2 + ceil(log2 V) / 8) + 2 bytes a token: 184 B for k = 50 and V = 8,192; no more than 200 B up to V = 32,768.
  * Reading is through mmap: memory holds the index only.

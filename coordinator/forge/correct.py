@@ -53,8 +53,8 @@ def trained(
 
     def run(parameters: Sequence[torch.nn.Parameter]) -> TrainResult:
         return train(
-            model, examples, parameters=parameters, learning_rate=recipe.learning_rate, loss=loss, seconds=recipe.seconds, epochs=recipe.epochs,
-            steps=recipe.steps, batch_tokens=recipe.batch_tokens, warm_up=recipe.warm_up, seed=seed, progress=progress, state=state,
+            model, examples, parameters=parameters, learning_rate=recipe.learning_rate, loss=loss,
+            seconds=recipe.seconds, epochs=recipe.epochs, steps=recipe.steps, batch_tokens=recipe.batch_tokens, warm_up=recipe.warm_up, seed=seed, progress=progress, state=state,
         )  # fmt: skip
 
     if recipe.mode == "lora":

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 def sparse_kl(logits: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
     """Forward KL(teacher || student) on the teacher's top k and one bucket for all the rest.
 
-    logits (n, V) of the student; ids (n, k) distinct, log_probs (n, k) and tail (n,) = log of the teacher's remaining mass. Scalar, mean over n, nats.
-    Without the bucket the student learns that the rest has no mass; the top 50 of a 262k vocabulary hold 93% on average (see docs/log.md and
-    Anshumann et al. 2025 on the bias of plain top-k caching). With k = V it is the dense KL of Hinton et al. 2015 at T = 1.
+    logits (n, V) of the student; ids (n, k) distinct, log_probs (n, k) and tail (n,) = log of the teacher's remaining mass.
+    Scalar, mean over n, nats. Without the bucket the student learns that the rest has no mass: the top 50 of a 262k vocabulary hold 93% on
+    average (Anshumann et al. 2025 on the bias of plain top-k caching). With k = V it is the dense KL of Hinton et al. 2015 at T = 1.
     """
     student = F.log_softmax(logits.float(), dim=-1).gather(1, ids)  # (n, k)
     inside = (log_probs.exp() * (log_probs - student)).sum(-1)

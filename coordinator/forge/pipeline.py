@@ -1,7 +1,7 @@
-"""The forge from end to end: trim, correct, cut, capture, distil, export. Each stage is cached by the digest of its inputs and resumable.
+"""The forge from end to end: trim, correct, cut, capture, distil, export. A stage is cached by the digest of its inputs, and resumable.
 
-A stage owns the folder `work/STAGE-DIGEST/`; its last act is to write `finished.json` there. A folder without that file is unfinished work and is
-gone on with (training state, captured targets); a folder with it is never computed again. Change an input and the digest, so the folder, is another.
+A stage owns the folder `work/STAGE-DIGEST/`; its last act is to write `finished.json` there. A folder without that file is unfinished
+work and is gone on with (training state, captured targets); one with it is never computed again. Another input, another folder.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""Lossless vocabulary trimming: drop the pieces a task never uses; every text in the counting corpus tokenises to the same pieces as before.
+"""Lossless vocabulary trimming: drop pieces a task never uses; each text of the counting corpus tokenises to the same pieces as before.
 
 72% of the packaged Gemma are embeddings of 262,144 pieces. Kept are
  * pieces that the counting corpus uses (prompts with their template, targets, any general text given),
@@ -110,9 +110,7 @@ def _steps(piece: str, scores: dict[str, float]) -> set[str]:
     parts = list(piece)
     seen = {part for part in parts if part in scores}
     while len(parts) > 1:
-        candidates = [
-            (scores[left + right], -at) for at, (left, right) in enumerate(itertools.pairwise(parts)) if left + right in scores
-        ]
+        candidates = [(scores[left + right], -at) for at, (left, right) in enumerate(itertools.pairwise(parts)) if left + right in scores]
         if not candidates:
             break
         at = -max(candidates)[1]

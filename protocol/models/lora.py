@@ -1,7 +1,8 @@
 """LoRA (Hu et al. 2021) on the torch model, and as a GGUF file that llama.cpp loads beside the base.
 
 delta W = (alpha / rank) * B @ A;  A (rank, in) starts Kaiming-uniform from a seed, B (out, rank) starts at zero.
-Modules are named by their GGUF tensor, so the header, the merge, the file and the node speak of the same thing. Gemma needs no permutation of q and k.
+Modules are named by their GGUF tensor, so the header, the merge, the file and the node speak of the same thing. Gemma needs no
+permutation of q and k.
 Every site starts from the same shipped A: factors trained from different starts cannot be merged.
 """
 
@@ -225,7 +226,7 @@ def read_adapter_gguf(path: Path, *, base_digest: str = "", initial_digest: str 
     rank = ranks.pop()
     modules = tuple(Module(tensor=name, outputs=b.shape[0], inputs=a.shape[1]) for name, (a, b) in factors.items())
     header = AdapterHeader(
-        site=site, release=0, base_digest=base_digest, initial_digest=initial_digest, rank=rank, alpha=alpha or float(rank), modules=modules,
-        examples=0,
+        site=site, release=0, base_digest=base_digest, initial_digest=initial_digest, rank=rank, alpha=alpha or float(rank),
+        modules=modules, examples=0,
     )  # fmt: skip
     return pack(factors, modules), header

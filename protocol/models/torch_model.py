@@ -1,11 +1,12 @@
 """A GGUF checkpoint as a torch model and back: Gemma 3 text, built from its figures alone, nothing fetched.
 
 Rules, each one the other end of what llama.cpp computes (parity is a test, on a tiny and on the packaged model):
- * GGUF norm weights are w + 1; transformers adds the 1 itself;   * the output matrix is the embedding;
- * block n is global when (n + 1) % 6 == 0, with its own rope base, also after blocks were cut out;   * embeddings are scaled by sqrt(hidden).
+ * GGUF norm weights are w + 1; transformers adds the 1 itself;   * the output matrix is the embedding;   * the input is scaled;
+ * block n is global when (n + 1) % 6 == 0, with its own rope base, also after blocks were cut out.
 
-`hidden_states` is our own forward pass over transformers' modules: rows are padded on the right and attention is causal, so there is no mask to build
-or to apply, and norms stay in the working type. Contexts here are shorter than the sliding window (512), so local blocks differ by rope base only.
+`hidden_states` is our own forward pass over transformers' modules: rows are padded on the right and attention is causal, so there is no
+mask to build or to apply, norms stay in the working type, and a last block is computed where a token is predicted and nowhere else.
+Contexts are shorter than the sliding window (512), so local blocks differ by rope base only.
 """
 
 import contextlib
@@ -136,8 +137,13 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.cat((left * cos[..., :half] - right * sin[..., :half], right * cos[..., half:] + left * sin[..., half:]), dim=-1)
 
 
-def block_forward(layer: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: "KeyValues | None" = None) -> torch.Tensor:
-    """One transformer block: x (B, T, hidden) -> (B, T, hidden)."""
+Positions = tuple[torch.Tensor, torch.Tensor]  # rows and columns, (n,) each
+
+
+def block_forward(
+    layer: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, cache: "KeyValues | None" = None, at: Positions | None = None
+) -> torch.Tensor:
+    """One transformer block: x (B, T, hidden) -> (B, T, hidden), or (n, hidden) at chosen positions, which is all a last block is for."""
     batch, length, _ = x.shape
     attention = layer.self_attn
     h = _norm(layer.input_layernorm, x)
@@ -153,7 +159,10 @@ def block_forward(layer: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1, scale=attention.scaling)
-    x = x + _norm(layer.post_attention_layernorm, attention.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1)))
+    mixed = mixed.transpose(1, 2).reshape(batch, length, -1)  # (B, T, heads * head)
+    if at is not None:
+        mixed, x = mixed[at], x[at]  # (n, ...)
+    x = x + _norm(layer.post_attention_layernorm, attention.o_proj(mixed))
     h = _norm(layer.pre_feedforward_layernorm, x)
     mlp = layer.mlp
     h = mlp.down_proj(F.gelu(mlp.gate_proj(h), approximate="tanh") * mlp.up_proj(h))
@@ -165,8 +174,12 @@ def embed(model: Gemma3ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     return model.model.embed_tokens(ids)
 
 
-def hidden_states(model: Gemma3ForCausalLM, x: torch.Tensor, *, first: int = 0, last: int | None = None) -> torch.Tensor:
+def hidden_states(
+    model: Gemma3ForCausalLM, x: torch.Tensor, *, first: int = 0, last: int | None = None, at: Positions | None = None
+) -> torch.Tensor:
     """Run blocks `first` to `last` over embeddings or hidden states x (B, T, hidden); no final norm.
+
+    Returns (B, T, hidden), or (n, hidden) at the positions `at`.
 
     Raises:
         TooLarge: rows longer than the sliding window, which this pass does not apply.
@@ -174,15 +187,16 @@ def hidden_states(model: Gemma3ForCausalLM, x: torch.Tensor, *, first: int = 0, 
     if x.shape[1] > model.config.sliding_window:
         raise TooLarge(f"{x.shape[1]} tokens in one row; training rows are limited to the sliding window of {model.config.sliding_window}")
     rotations = rope(model, torch.arange(x.shape[1]), x.dtype)
-    for number, layer in enumerate(model.model.layers[first:last], start=first):
+    end = len(model.model.layers) if last is None else last
+    for number in range(first, end):
         cos, sin = rotations[model.config.layer_types[number]]
-        x = block_forward(layer, x, cos, sin)
-    return x
+        x = block_forward(model.model.layers[number], x, cos, sin, at=at if number == end - 1 else None)
+    return x if at is None or first < end else x[at]
 
 
-def logits_at(model: Gemma3ForCausalLM, hidden: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Logits at chosen positions only: hidden (B, T, h), rows and columns (n,) -> (n, V)."""
-    return model.lm_head(_norm(model.model.norm, hidden[rows, columns]))
+def logits_of(model: Gemma3ForCausalLM, x: torch.Tensor) -> torch.Tensor:
+    """Final norm and output matrix: x (..., hidden) -> (..., V)."""
+    return model.lm_head(_norm(model.model.norm, x))
 
 
 class KeyValues:
@@ -238,8 +252,8 @@ def generate(
         rotations = rope(model, positions, x.dtype)
         for number, layer in enumerate(model.model.layers):
             cos, sin = rotations[config.layer_types[number]]
-            x = block_forward(layer, x, cos, sin, caches[number])
-        logits = model.lm_head(_norm(model.model.norm, x[:, -1]))
+            x = block_forward(layer, x, cos, sin, cache=caches[number])
+        logits = logits_of(model, x[:, -1])
         if watch:
             watch(alive.tolist(), logits)
         chosen = logits.argmax(-1)

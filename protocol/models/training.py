@@ -30,7 +30,7 @@ from protocol.blobs import write_atomically
 from protocol.digests import digest_value
 from protocol.errors import BadInput, MilpaError, NotEnough
 from protocol.models.tokenizer import Example
-from protocol.models.torch_model import embed, hidden_states, logits_at
+from protocol.models.torch_model import embed, hidden_states, logits_of
 
 CHUNK_BATCHES = 32  # rows are sorted by length inside chunks of this many batches: little padding, still shuffled
 KEPT_BYTES = 1 << 30  # at most this much of frozen blocks' output is kept between epochs
@@ -224,7 +224,7 @@ def mean_loss(model: Gemma3ForCausalLM, examples: Sequence[Example], *, batch_to
     lengths = [len(one.prompt) + len(one.target) - 1 for one in examples]
     for index in plan(lengths, batch_tokens=batch_tokens, generator=None):
         batch = collate(examples, index)
-        logits = logits_at(model, hidden_states(model, embed(model, batch.ids)), batch.rows, batch.columns).float()
+        logits = logits_of(model, hidden_states(model, embed(model, batch.ids), at=(batch.rows, batch.columns))).float()
         total += float(F.cross_entropy(logits, batch.targets, reduction="sum"))
         count += len(batch.targets)
     return total / count
@@ -246,8 +246,8 @@ class _Work:
     """Model, masters and optimiser: one step at a time."""
 
     def __init__(
-        self, model: Gemma3ForCausalLM, examples: Sequence[Example], parameters: Sequence[torch.nn.Parameter], loss: Loss, learning_rate: float,
-        weight_decay: float, clip: float,
+        self, model: Gemma3ForCausalLM, examples: Sequence[Example], parameters: Sequence[torch.nn.Parameter], loss: Loss,
+        learning_rate: float, weight_decay: float, clip: float,
     ) -> None:  # fmt: skip
         self.model, self.loss, self.clip, self.learning_rate = model, loss, clip, learning_rate
         self.parameters = list(parameters)
@@ -285,8 +285,8 @@ class _Work:
 
     def step(self, batch: Batch, *, rate: float) -> float:
         """Forward, backward, update; returns the loss before the update."""
-        x = hidden_states(self.model, self._inputs(batch), first=self.first)
-        value = self.loss(logits_at(self.model, x, batch.rows, batch.columns).float(), batch)
+        x = hidden_states(self.model, self._inputs(batch), first=self.first, at=(batch.rows, batch.columns))  # (n, hidden)
+        value = self.loss(logits_of(self.model, x).float(), batch)
         value.backward()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter and parameter.grad is not None:

@@ -1,0 +1,75 @@
+"""`milpa-coordinator distill`: records in, a corrected teacher and a small student out."""
+
+from pathlib import Path
+
+import typer
+
+from protocol.console import print_json, progress_bar, stderr
+from protocol.errors import BadInput
+
+
+def distill(
+    out: Path = typer.Option(..., help="Folder for teacher.gguf, student.gguf, student-f16.gguf and lineage.json."),
+    task: str | None = typer.Option(None, help="With --records: the task, such as 'ranch'."),
+    records: Path | None = typer.Option(None, help="Training records, one JSON object a line."),
+    pairs: Path | None = typer.Option(None, help="Training pairs: UTF-8, SOURCE<tab>TARGET, one a line."),
+    source: str = typer.Option("English", help="With --pairs: language of the first column."),
+    target: str = typer.Option("Spanish", help="With --pairs: language of the second column."),
+    teacher: Path | None = typer.Option(None, help="A Gemma 3 GGUF to start from; by default the packaged 270M model."),
+    work: Path | None = typer.Option(None, help="Where stages are kept, found again and resumed; by default OUT/work."),
+    budget: str = typer.Option("demo", help="'demo' (8 minutes), 'hour', or seconds of training in all."),
+    blocks: int = typer.Option(8, min=1, help="Transformer blocks the student keeps."),
+    kind: str = typer.Option("Q8_0", help="Type of the student's file, as llama.cpp names it."),
+    limit: int | None = typer.Option(None, min=1, help="Only the first so many records."),
+    seed: int = typer.Option(0, help="Of everything random."),
+    threads: int = typer.Option(2, min=1, max=256, help="Processor threads for training."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object to stdout and nothing else there."),
+) -> None:
+    """Correct a general model on a task, cut a student out of it, distil, and write both as GGUF.
+
+    Running it again goes on where it stopped; finished stages with the same inputs are not computed again.
+
+    Examples:
+
+        milpa-coordinator ranch --site general --seed 1 --count 6000 --out train.jsonl
+
+        milpa-coordinator distill --task ranch --records train.jsonl --out model
+
+        milpa-coordinator distill --pairs train.tsv --source English --target Spanish --budget hour --out model --json
+    """
+    from coordinator.forge.pairs import read_pairs, read_records
+    from coordinator.forge.pipeline import Budget, Plan, forge
+    from protocol.tasks import task_named, translation
+
+    if (pairs is None) == (records is None):
+        raise BadInput("say what to learn from: either --pairs FILE.tsv or --task NAME --records FILE.jsonl")
+    if records is not None and task is None:
+        raise BadInput("--records needs --task, such as --task ranch")
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--out {out} is a file; name a folder")
+    wanted = translation(source, target) if pairs is not None else task_named(str(task))
+    plan = Plan(budget=Budget.named(budget), seed=seed, blocks=blocks, kind=kind)
+    found = read_pairs(pairs, wanted, limit=limit) if pairs is not None else read_records(Path(str(records)), wanted, limit=limit)
+
+    import torch
+
+    torch.set_num_threads(threads)
+    with progress_bar() as bar:
+        lines = {}
+
+        def told(stage: str, share: float, words: str) -> None:
+            if stage not in lines:
+                lines[stage] = bar.add_task(stage, total=100)
+            bar.update(lines[stage], completed=round(100 * share), description=f"{stage:<8} {words}")
+
+        made = forge(wanted, found, work=work or out / "work", out=out, plan=plan, base=teacher, progress=told)
+    licence = made.lineage["licence"]
+    stderr.print(f"weights derive from the teacher's, under its terms: {licence['name']} {licence['file']}", markup=False, highlight=False)
+    if as_json:
+        print_json(
+            {"teacher": str(made.teacher), "student": str(made.student), "student_float": str(made.student_float), "lineage": made.lineage}
+        )
+        return
+    stderr.print(
+        f"teacher {made.teacher}\nstudent {made.student} ({made.student.stat().st_size / 1e6:.1f} MB)", markup=False, highlight=False
+    )
