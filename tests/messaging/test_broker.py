@@ -1,6 +1,7 @@
 """deploy/broker.py: what is written, what may be said to whom, and what a start tells."""
 
 import socket
+from pathlib import PurePosixPath as Path
 
 import pytest
 
@@ -9,8 +10,6 @@ from deploy.processes import free_port
 from protocol import topics
 from protocol.errors import BadInput, NotEnough, PortInUse, Unavailable
 from protocol.mqtt import Session
-
-from pathlib import PurePosixPath as Path  # isort: skip
 
 
 @pytest.fixture
@@ -32,7 +31,8 @@ def test_the_configuration_has_every_setting_whose_default_loses_data():
 
 def test_a_container_listens_on_all_addresses_and_may_ask_for_certificates():
     text = mosquitto_conf(
-        port=8883, host="", data=Path("/d"), passwords=Path("/p"), access=Path("/a"), user="mosquitto", ca=Path("/ca"), cert=Path("/c"), key=Path("/k")
+        port=8883, host="", data=Path("/d"), passwords=Path("/p"), access=Path("/a"), user="mosquitto",
+        ca=Path("/ca"), cert=Path("/c"), key=Path("/k"),
     )  # fmt: skip
 
     lines = text.splitlines()

@@ -1,0 +1,237 @@
+"""The whole way over a real broker: an unsure node, a peer with a larger model, the coordinator's ledger. Only the models are fakes."""
+
+import time
+from contextlib import ExitStack
+
+import pytest
+import sqlalchemy as sa
+
+from coordinator.fleet.ledger import Ledger
+from coordinator.fleet.listening import Listener
+from coordinator.fleet.tables import events, nodes, refused
+from node import settings as conf
+from node.answering import Answering
+from node.engine.worker import Speaker, Worker
+from node.messaging import Messaging
+from node.store import AnswerRow, Store
+from protocol import topics
+from protocol.codec import encode
+from protocol.digests import digest_bytes
+from protocol.messages import ReleaseNotice, Reply, Status
+from protocol.tasks import Record
+from tests.messaging.conftest import PASSWORDS
+from tests.node.fake_engine import FakeEngine
+
+pytestmark = pytest.mark.broker
+
+
+class Member:
+    """A node's messaging and answering, as its daemon wires them, around a fake engine."""
+
+    def __init__(self, folder, name, broker, *, engine, ask=(), serve=False):
+        (folder / "password").parent.mkdir(parents=True, exist_ok=True)
+        (folder / "password").write_text(PASSWORDS[name])
+        settings = conf.NodeSettings(
+            node=conf.Node(name=name),
+            broker=conf.Broker(host=broker.host, port=broker.port, password_file=str(folder / "password")),
+            peers=conf.Peers(ask=ask, serve=serve, deadline_s=60),
+        )
+        self.name, self.engine = name, engine
+        self.store = Store(folder / "node.db")
+        self.worker = Worker()
+        self.worker.swap_after_current_record(Speaker(engine, "ranch", release=1))
+        self.messaging = Messaging(settings, self.store, self.worker, boot=f"boot-{time.monotonic_ns()}", describe=self.describe)
+        self.messaging.outbox.resend = 0.3  # seconds; a minute in the field
+        self.messaging.session._backoff_base = 0.05
+        self.answering = Answering(self.store, self.worker, node=name, asking=self.messaging.asker, on_asked=self.messaging.wake)
+
+    def describe(self):
+        return Status(self.name, "", 0, "answering", release=1, waiting=self.messaging.waiting())
+
+    def start(self):
+        self.worker.start()
+        self.messaging.start(apply=self.answering.apply, on_release=lambda: None)
+        return self
+
+    def stop(self):
+        self.messaging.stop()
+        self.worker.stop()
+        self.store.close()
+
+    def asks(self, source):
+        return self.answering.answer(Record(id=source, task="ranch", source=source), deadline_s=10)
+
+    def answers(self):
+        with self.store.transaction() as session:
+            rows = session.scalars(sa.select(AnswerRow).order_by(AnswerRow.row)).all()
+        return {row.record: (row.state, row.verdict, row.by) for row in rows}
+
+
+@pytest.fixture
+def fleet(tmp_path, broker):
+    with ExitStack() as stack:
+
+        def member(name, **options):
+            made = Member(tmp_path / name, name, broker, **options)
+            stack.callback(made.stop)
+            return made
+
+        yield member
+
+
+@pytest.fixture
+def ledger(tmp_path, join):
+    """A real ledger that listens to the fleet."""
+    made = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    made.migrate()
+    session = join("coordinator", start=False)
+    made.listener = Listener(session, made)
+    session.start()
+    assert session.wait_connected(10)
+    yield made
+    session.stop()
+    made.close()
+
+
+def rows(ledger, table):
+    with ledger.read() as connection:
+        return connection.execute(sa.select(table)).mappings().all()
+
+
+def unsure(**answers):
+    return FakeEngine(answers, probability=0.3, name="student")
+
+
+def sure():
+    return FakeEngine({"tank": " leak: the tank loses water", "sun": " normal: todo bien"}, probability=0.95, name="teacher")
+
+
+def test_an_unsure_answer_is_given_at_once_and_upgraded_or_confirmed_by_the_peer(fleet, ledger, eventually):
+    base = fleet("base", engine=sure(), serve=True).start()
+    esteli = fleet("esteli", engine=unsure(), ask=("base",)).start()
+
+    tank, sun = esteli.asks("tank 12 cm"), esteli.asks("sun all day")
+
+    assert tank.provisional and sun.provisional
+    assert tank.answer.verdict == "normal"
+    eventually(lambda: all(state != "provisional" for state, _, _ in esteli.answers().values()), esteli.answers)
+    assert esteli.answers() == {"tank 12 cm": ("upgraded", "leak", "peer:base"), "sun all day": ("confirmed", "normal", "peer:base")}
+    assert len(base.engine.prompts) == 2
+    eventually(lambda: len(rows(ledger, events)) == 2 and esteli.messaging.waiting() == 0, lambda: rows(ledger, events))
+    assert sorted((row["kind"], row["detail"]["state"]) for row in rows(ledger, events)) == [
+        ("escalation", "confirmed"),
+        ("escalation", "upgraded"),
+    ]
+    eventually(lambda: {row["name"]: row["state"] for row in rows(ledger, nodes)} == {"base": "answering", "esteli": "answering"})
+    assert "tank 12 cm" not in str(rows(ledger, events))  # no record's text reaches the coordinator
+
+
+def test_questions_asked_while_the_broker_is_away_wait_and_arrive(broker, fleet, eventually):
+    fleet("base", engine=sure(), serve=True).start()
+    esteli = fleet("esteli", engine=unsure(), ask=("base",)).start()
+    eventually(lambda: esteli.messaging.connected)
+    broker.kill()
+    eventually(lambda: not esteli.messaging.connected)
+
+    for number in range(5):
+        assert esteli.asks(f"tank {number}").provisional
+    broker.start()
+
+    eventually(lambda: {state for state, _, _ in esteli.answers().values()} == {"upgraded"}, esteli.answers)
+
+
+def test_a_broker_that_lost_a_question_it_had_acknowledged_gets_it_again(broker, fleet, eventually):
+    """What a PUBACK is worth when the disk under the broker dies: the question comes back from the outbox."""
+    esteli = fleet("esteli", engine=unsure(), ask=("base",)).start()
+    esteli.asks("tank 1")
+    eventually(lambda: [row.sent for row in esteli.messaging.outbox.waiting() if row.kind == "question"] == [1])
+    broker.kill()
+    for file in (broker.folder / "data").iterdir():
+        file.unlink()
+
+    broker.start()
+    fleet("base", engine=sure(), serve=True).start()
+
+    eventually(lambda: esteli.answers() == {"tank 1": ("upgraded", "leak", "peer:base")}, esteli.answers)
+
+
+def test_a_duplicate_reply_is_applied_once(fleet, join, ledger, eventually):
+    base = join("base")  # replies by hand
+    esteli = fleet("esteli", engine=unsure(), ask=("base",)).start()
+    question = esteli.asks("tank 1").question
+    with esteli.store.transaction() as session:
+        prompt = session.scalars(sa.select(AnswerRow.prompt)).one()
+    reply = encode(Reply("r1", question, digest_bytes(prompt.encode()), "base", "m", "leak: yes", 0.9))
+
+    for _ in range(3):
+        base.publish(topics.reply("esteli", "base"), reply, correlation=question.encode())
+
+    eventually(lambda: len(rows(ledger, events)) >= 1 and esteli.messaging.waiting() == 0)
+    base.publish(topics.reply("esteli", "base"), reply, correlation=question.encode())
+    esteli.asks("sun")  # its question reaches the broker after the last reply
+    eventually(lambda: esteli.messaging.asker.open == 1)
+    assert len(rows(ledger, events)) == 1
+    assert esteli.answers()["tank 1"] == ("upgraded", "leak", "peer:base")
+
+
+def test_an_event_is_in_the_ledger_once_however_often_it_is_sent(fleet, ledger, eventually, monkeypatch):
+    """The coordinator's first Acks are lost: the node repeats, the ledger does not."""
+    real, lost = ledger.listener.session.send, []
+
+    def lossy(topic, payload, **options):
+        if len(lost) < 2:
+            lost.append(topic)
+            topic = topics.ack("ridge")  # goes astray
+        return real(topic, payload, **options)
+
+    monkeypatch.setattr(ledger.listener.session, "send", lossy)
+    esteli = fleet("esteli", engine=unsure()).start()
+    with esteli.store.transaction() as session:
+        esteli.messaging.report(session, "answers", {"count": 3.0}, {})
+
+    eventually(lambda: esteli.messaging.waiting() == 0, esteli.messaging.outbox.waiting)
+
+    assert lost == [topics.ack("esteli")] * 2
+    assert [row["figures"] for row in rows(ledger, events)] == [{"count": 3.0}]
+
+
+def test_a_message_the_ledger_cannot_use_is_kept_with_the_reason_and_the_next_is_taken(join, ledger, eventually):
+    esteli = join("esteli")
+
+    esteli.publish(topics.event("esteli"), b"not a message")
+    esteli.publish(topics.status("esteli"), encode(Status("malacatoya", "b", 1, "answering")))
+    esteli.publish(topics.status("esteli"), encode(Status("esteli", "b", 1, "answering")))
+
+    eventually(lambda: [row["name"] for row in rows(ledger, nodes)] == ["esteli"])
+    assert [row["topic"] for row in rows(ledger, refused)] == [topics.event("esteli"), topics.status("esteli")]
+    assert "does not decode" in rows(ledger, refused)[0]["reason"]
+
+
+def test_the_newest_release_is_announced_to_whoever_comes_later_and_to_a_broker_that_forgot(broker, join, ledger, eventually):
+    ledger.listener.publish_notice(ReleaseNotice(2, "http://here"))
+    ledger.listener.publish_notice(ReleaseNotice(1, "http://here"))
+    broker.kill()
+    for file in (broker.folder / "data").iterdir():
+        file.unlink()
+    broker.start()
+    got = []
+    esteli = join("esteli", start=False)
+    esteli.subscribe(topics.RELEASE, lambda message: got.append(message.payload))
+    esteli.start()
+
+    eventually(lambda: got)
+
+    assert got[0] == encode(ReleaseNotice(2, "http://here"))
+
+
+def test_a_node_that_vanishes_is_lost_and_one_that_stops_is_stopped(fleet, ledger, eventually):
+    esteli = fleet("esteli", engine=unsure()).start()
+    malacatoya = fleet("malacatoya", engine=unsure())
+    malacatoya.messaging.session._will_delay = 0
+    malacatoya.start()
+    eventually(lambda: len(rows(ledger, nodes)) == 2)
+
+    esteli.messaging.stop()
+    malacatoya.messaging.session._stopping.set()  # its socket closes without a word
+
+    eventually(lambda: {row["name"]: row["state"] for row in rows(ledger, nodes)} == {"esteli": "stopped", "malacatoya": "lost"})
