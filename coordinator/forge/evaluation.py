@@ -31,6 +31,7 @@ SILENCE_LIMIT_S = 180.0  # seconds without a line from an engine; a 270M model o
 STOP_LIMIT_S = 5.0  # seconds an engine process gets to end
 CONTEXT = 1024  # tokens
 FEW_SHOT_CONTEXT = 4096
+ENGINE_PROCESS = "coordinator.forge.engine_process"
 ROOT = Path(__file__).parents[2]
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -270,7 +271,7 @@ class _Process:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
         with self.complaints.open("wb") as err:
             self.child = subprocess.Popen(
-                [sys.executable, "-m", "coordinator.forge.engine_process", str(job_file)],
+                [sys.executable, "-m", ENGINE_PROCESS, str(job_file)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err,
                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip

@@ -64,7 +64,8 @@ def _corpus(metric: Any, hypotheses: Sequence[str], references: Sequence[str], s
     score = float(metric.corpus_score(list(hypotheses), [list(references)]).score)
     stats = np.asarray(metric._extract_corpus_statistics(list(hypotheses), [list(references)]), dtype=np.float64)  # (records, counts)
     draws = np.random.default_rng(seed).choice(len(stats), size=(resamples, len(stats)), replace=True)
-    again = [float(metric._compute_score_from_stats(stats[draw].sum(axis=0).tolist()).score) for draw in draws]
+    times = np.stack([np.bincount(draw, minlength=len(stats)) for draw in draws]).astype(np.float64)  # how often each record is drawn
+    again = [float(metric._compute_score_from_stats(sums).score) for sums in (times @ stats).tolist()]
     metric.n_bootstrap, metric.seed = resamples, str(seed)  # what we did, so that the signature says it
     low, high = np.quantile(again, (0.025, 0.975))
     return score, (float(low), float(high)), str(metric.get_signature())

@@ -1,0 +1,93 @@
+"""A calibration fitted on some records, judged on others."""
+
+import msgspec
+import pytest
+
+from coordinator.forge.calibrate import fit, good_enough
+from coordinator.forge.evaluation import evaluate_texts
+from coordinator.forge.metrics import calibration_error, deferral_area
+from protocol.errors import BadInput, NotEnough
+from protocol.tasks import RANCH, Record
+from tests.evaluation.conftest import SPANISH, ranch_records, simulated
+
+
+def test_calibration_tells_the_truth_on_records_it_has_not_seen() -> None:
+    made = fit(simulated(600, accuracy=0.6, seed=1, overconfident=2.0))
+    unseen = simulated(600, accuracy=0.6, seed=2, overconfident=2.0)
+
+    plain, calibrated = (calibration_error(unseen.confidences(use), unseen.quality()) for use in (None, made))
+
+    assert made.method == "logistic"
+    assert plain > 0.15  # the raw probability boasts
+    assert calibrated < 0.06
+
+
+def test_calibration_keeps_the_order_of_the_signals() -> None:
+    made = fit(simulated(600, accuracy=0.6, seed=1))
+    unseen = simulated(600, accuracy=0.6, seed=2)
+    teacher = [1.0] * 600
+
+    plain, calibrated = (deferral_area(unseen.confidences(use), unseen.quality(), teacher) for use in (None, made))
+
+    assert plain is not None and calibrated is not None
+    assert calibrated > plain - 0.02
+    assert calibrated > 0.5
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.25, 0.4])
+def test_the_threshold_spends_the_budget(budget: float) -> None:
+    made = fit(simulated(600, accuracy=0.6, seed=1))
+    fitted, unseen = simulated(600, accuracy=0.6, seed=1), simulated(2000, accuracy=0.6, seed=2)
+
+    shares = [sum(sure < made.threshold(budget) for sure in each.confidences(made)) / len(each.answers) for each in (fitted, unseen)]
+
+    assert shares[0] == pytest.approx(budget, abs=0.01)
+    assert shares[1] == pytest.approx(budget, abs=0.05)
+
+
+def test_few_records_of_a_kind_leave_one_signal() -> None:
+    made = fit(simulated(60, accuracy=0.8, seed=3))
+
+    assert made.method == "single"
+    assert sum(weight != 0 for weight in made.weights) == 1
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_one_kind_only_gives_a_cautious_base_rate(accuracy: float) -> None:
+    evaluation = simulated(50, accuracy=accuracy, seed=4)
+
+    made = fit(evaluation)
+
+    assert made.method == "constant"
+    assert all(abs(sure - accuracy) < 0.05 for sure in evaluation.confidences(made))
+    assert made.threshold(0.2) < made.threshold(0.8)  # the order is still there to spend a budget by
+
+
+def test_a_handful_of_records_is_not_enough() -> None:
+    with pytest.raises(NotEnough, match="5 calibration records; at least 20"):
+        fit(simulated(5, accuracy=0.5))
+
+
+def test_text_alone_cannot_be_calibrated() -> None:
+    records = ranch_records(30)
+
+    with pytest.raises(BadInput, match="gave text only"):
+        fit(evaluate_texts([record.target for record in records], records, RANCH))
+
+
+def test_a_calibration_belongs_to_the_model_that_was_evaluated() -> None:
+    made = fit(msgspec.structs.replace(simulated(60, accuracy=0.5), model_digest="a" * 64, adapter_digest="b" * 64))
+
+    assert made.fits("a" * 64, "b" * 64)
+
+
+def test_a_translation_may_stand_when_it_is_about_as_good_as_the_teachers() -> None:
+    records = [Record(id=str(i), task=SPANISH.name, source="x", target="el gato duerme en la casa", lang="es") for i in range(3)]
+    teacher = evaluate_texts(["el gato duerme en la casa", "el gato duerme", "perro"], records, SPANISH)
+    student = evaluate_texts(["el gato duerme en la casa", "el gato", "perro"], records, SPANISH)
+
+    good, meaning = good_enough(student, teacher=teacher)
+
+    assert good == (1.0, 0.0, 1.0)  # the last: both are bad, asking gains nothing
+    assert meaning == "chrF within 5 points of the teacher's"
+    assert good_enough(student)[0] == (1.0, 0.0, 0.0)

@@ -1,0 +1,165 @@
+"""A model file on records with known answers, through the engine that nodes use."""
+
+from pathlib import Path
+
+import pytest
+
+from coordinator.forge import evaluation
+from coordinator.forge.engine_process import peak_rss_mb
+from coordinator.forge.evaluation import evaluate, evaluate_texts, few_shot, paired_bootstrap
+from protocol.errors import BadInput, DoesNotFit, Unavailable
+from protocol.tasks import RANCH, Record
+from tests.evaluation.conftest import SPANISH, ranch_records, simulated
+from tests.tiny import tiny_gguf
+
+CONTRACT = {
+    "n", "bleu", "chrf", "bleu_signature", "chrf_signature", "chrf_ci", "accuracy", "accuracy_ci", "tokens_per_second", "latency_p50_ms",
+    "peak_rss_mb", "file_mb", "model_digest",
+}  # fmt: skip
+
+
+def test_a_verdict_is_judged_by_its_code_and_its_sentence_apart() -> None:
+    records = ranch_records(3)
+    right, other = records[0].target, f"{RANCH.codes[5]}: {records[1].target.partition(': ')[2]}"
+
+    found = evaluate_texts([right, other, "no idea"], records, RANCH)
+
+    assert [answer.correct for answer in found.answers] == [True, False, False]
+    assert [answer.chrf for answer in found.answers] == pytest.approx([100.0, 100.0, 0.0])
+    assert found.figures()["accuracy"] == pytest.approx(1 / 3)
+    assert found.figures()["malformed"] == pytest.approx(1 / 3)
+
+
+def test_only_the_first_line_counts() -> None:
+    records = ranch_records(1)
+
+    found = evaluate_texts([f" {records[0].target}\nnormal: something else"], records, RANCH)
+
+    assert found.answers[0].correct
+
+
+def test_translations_have_no_accuracy() -> None:
+    records = [Record(id="1", task=SPANISH.name, source="The cat.", target="El gato.", lang="es")]
+
+    figures = evaluate_texts(["El gato."], records, SPANISH).figures()
+
+    assert "accuracy" not in figures
+    assert figures["chrf"] == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (Record(id="a", task="ranch", source="x"), "'a' has no usable target"),
+        (Record(id="b", task="ranch", source="x", target="nonsense"), "'b' has no usable target"),
+        (Record(id="c", task="other", source="x", target="leak: x"), "of task 'other', not 'ranch'"),
+    ],
+)
+def test_a_record_that_cannot_be_judged_is_named(record: Record, told: str) -> None:
+    with pytest.raises(BadInput, match=told):
+        evaluate_texts([""], [record], RANCH)
+
+
+def test_models_are_compared_on_the_same_records_only() -> None:
+    with pytest.raises(BadInput, match="different records"):
+        paired_bootstrap(simulated(20, accuracy=0.5), simulated(21, accuracy=0.5), seed=0)
+
+
+def test_examples_come_before_every_prompt_with_their_answers() -> None:
+    examples = [Record(id="1", task=SPANISH.name, source="A {cat}.", target="Un {gato}.", lang="es")]
+
+    prompt = few_shot(SPANISH, examples).prompt(Record(id="2", task=SPANISH.name, source="A dog.", lang="es"))
+
+    assert prompt == "English: A {cat}.\nSpanish: Un {gato}.\n\nEnglish: A dog.\nSpanish:"
+
+
+@pytest.mark.llama
+def test_the_figures_have_the_names_that_programs_rely_on(tiny: Path) -> None:
+    found = evaluate(tiny, ranch_records(6), RANCH)
+
+    assert set(found.figures()) >= CONTRACT
+    assert found.figures()["file_mb"] == pytest.approx(tiny.stat().st_size / 2**20)
+    assert found.figures()["tokens_per_second"] > 0
+    assert len(found.confidences(None)) == 6
+
+
+@pytest.mark.llama
+def test_more_engines_side_by_side_give_the_same_answers_in_the_same_order(tiny: Path) -> None:
+    records, seen = ranch_records(7), []
+
+    one = evaluate(tiny, records, RANCH, threads=1)
+    three = evaluate(tiny, records, RANCH, threads=3, progress=lambda done, total: seen.append((done, total)))
+
+    assert [(answer.id, answer.text, answer.features) for answer in one.answers] == [
+        (answer.id, answer.text, answer.features) for answer in three.answers
+    ]
+    assert seen == [(done, 7) for done in range(1, 8)]
+
+
+@pytest.mark.llama
+def test_peak_memory_is_the_engines_own_and_not_its_parents(tiny: Path) -> None:
+    ballast = bytearray(400 << 20)
+    ballast[:: 1 << 12] = b"x" * len(ballast[:: 1 << 12])  # touch every page
+
+    found = evaluate(tiny, ranch_records(2), RANCH)
+
+    assert peak_rss_mb() > 400
+    assert 0 < found.peak_rss_mb < 300
+
+
+@pytest.mark.llama
+def test_a_record_longer_than_the_context_is_named(tiny: Path) -> None:
+    records = [*ranch_records(3), Record(id="long", task="ranch", source="agua " * 700, target="leak: x"), *ranch_records(3)]
+
+    with pytest.raises(BadInput, match=r"record 'long': the prompt has \d+ tokens"):
+        evaluate(tiny, records, RANCH, context=256)
+
+
+@pytest.mark.llama
+def test_a_file_that_is_no_model_is_told_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    file.write_text("hello")
+
+    with pytest.raises(BadInput, match="is not a GGUF file"):
+        evaluate(file, ranch_records(1), RANCH)
+
+
+@pytest.mark.llama
+def test_an_adapter_that_is_a_model_does_not_fit(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit, match="is not for"):
+        evaluate(tiny, ranch_records(1), RANCH, adapter=tiny_gguf(tmp_path / "other.gguf", seed=5))
+
+
+def engine_that(does: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a program in the engine's place that loads, answers once and then misbehaves."""
+    (folder / "bad_engine.py").write_text(
+        "import os, sys, time\n"
+        'say = lambda line: (sys.stdout.write(line + "\\n"), sys.stdout.flush())\n'
+        'say(\'{"type":"loaded","model_digest":"d","adapter_digest":""}\')\n'
+        'say(\'{"type":"answered","text":"x","features":[],"tokens":1,"prompt_tokens":1,"seconds":0.1,"stopped":"end"}\')\n'
+        f'sys.stderr.write("GGML_ASSERT failed\\n"); sys.stderr.flush()\n{does}\n'
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setattr(evaluation, "ENGINE_PROCESS", "bad_engine")
+
+
+def test_a_crash_in_the_engine_is_an_error_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_that("os.abort()", tmp_path, monkeypatch)
+
+    with pytest.raises(Unavailable, match=r"stopped by signal 6 after 1 answers; GGML_ASSERT failed"):
+        evaluate(tmp_path / "m.gguf", ranch_records(3), RANCH, threads=1)
+
+
+def test_an_engine_that_ends_early_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_that("sys.exit(0)", tmp_path, monkeypatch)
+
+    with pytest.raises(Unavailable, match="ended with code 0 after 1 answers"):
+        evaluate(tmp_path / "m.gguf", ranch_records(3), RANCH, threads=1)
+
+
+def test_a_silent_engine_is_given_up_and_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_that("time.sleep(300)", tmp_path, monkeypatch)
+    monkeypatch.setattr(evaluation, "SILENCE_LIMIT_S", 1.5)
+
+    with pytest.raises(Unavailable, match="said nothing for 2 s"):
+        evaluate(tmp_path / "m.gguf", ranch_records(3), RANCH, threads=1)
