@@ -39,6 +39,7 @@ from node.update.slots import ActiveRelease, Slots
 from node.update.updater import Outcome, Updater
 from protocol import __version__
 from protocol.blobs import write_atomically
+from protocol.digests import digest_file
 from protocol.errors import BadInput, MilpaError, Unavailable
 from protocol.messages import Status
 
@@ -179,19 +180,33 @@ class Daemon:
         if model.path:
             self.worker.swap_after_current_record(load_fixed(model))
             return
-        active = self.slots.starting()
-        while active is not None:
+        active, tried = self.slots.starting(), set[int]()
+        while active is not None and active.number not in tried:
+            tried.add(active.number)
             try:
                 self._self_test(active)
                 self._activate(active)
-                return
             except MilpaError as error:
                 log.error("release %d does not load: %s", active.number, error)
                 self._why = f"release {active.number} does not load: {error}"
-                active = None if self.slots.confirmed() else self.slots.go_back(str(error))
+                active = self._instead_of(active, str(error))
+            else:
+                live = self.slots.active()
+                if live is not None and live.number == active.number:
+                    self.slots.confirm()
+                return
         if self._why == "starting":
             self._why = "no model yet: waiting for a release" if self.settings.update.url else "no model: set model.path or update.url"
         log.warning("%s", self._why)
+
+    def _instead_of(self, active: ActiveRelease, reason: str) -> ActiveRelease | None:
+        """What to try after `active` failed to load: damaged files are thrown away, so that the next look fetches them again."""
+        damaged = [path for path in (active.model, active.adapter, active.calibration) if path and digest_file(path) != path.name]
+        for path in damaged:
+            path.unlink()
+        if not damaged and not self.slots.confirmed():
+            return self.slots.go_back(reason)
+        return self.slots.previous()
 
     def _self_test(self, active: ActiveRelease) -> None:
         """Load a release beside the live one and make it answer; it stays loaded until it goes live."""
@@ -232,6 +247,9 @@ class Daemon:
                 return
             try:
                 outcome = self.updater.check(self.clock())
+                self._follow()
+            except MilpaError as error:
+                log.error("the live release does not load: %s", error)
             except Exception:  # a defect or a failing disk must not end updates for ever; the node answers meanwhile
                 log.exception("the look for a release failed")
             else:
@@ -239,6 +257,13 @@ class Daemon:
                     log.info("releases: %s %s", outcome.state, outcome.reason)
                 self.updated = outcome
             self._look.wait(poll * (1.0 - POLL_JITTER * random.random()))
+
+    def _follow(self) -> None:
+        """Answer with the live release, if another one speaks: its files were damaged at start and have been fetched again."""
+        live = self.slots.active()
+        if live is not None and live.number != self._release():
+            self._self_test(live)
+            self._activate(live)
 
     def _sweep(self) -> None:
         """Deadlines of questions, pruning, a summary for the coordinator."""

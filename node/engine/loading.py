@@ -8,7 +8,7 @@ from node.update.selftest import known_answers_hold
 from node.update.slots import ActiveRelease
 from protocol import codec
 from protocol.confidence import CALIBRATION_LIMIT, Calibration
-from protocol.errors import BadInput, DoesNotFit
+from protocol.errors import BadInput, DoesNotFit, WrongDigest
 from protocol.models.engine import Engine
 from protocol.tasks import Record, task_named
 
@@ -19,9 +19,14 @@ def load_release(active: ActiveRelease, *, threads: int, context: int) -> Speake
     """Load a release's files beside whatever runs now.
 
     Raises:
+        WrongDigest: a file changed on this disk since it was verified.
         BadInput, NotEnough, DoesNotFit: see `Engine`; nothing stays loaded.
     """
     engine = Engine(active.model, threads=threads, context=context, adapter=active.adapter)
+    adapter = active.adapter.name if active.adapter else ""  # a blob's name is its digest
+    if (engine.model_digest, engine.adapter_digest) != (active.model.name, adapter):
+        engine.close()
+        raise WrongDigest(f"a file of release {active.number} is damaged on this disk")
     return speaker(engine, task=active.release.task, release=active.number, calibration=active.calibration)
 
 
