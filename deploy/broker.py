@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from types import TracebackType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from protocol.blobs import write_atomically
 from protocol.console import stderr
@@ -38,6 +38,15 @@ COORDINATOR = "coordinator"
 
 Program = Literal["mosquitto", "iotcore"]
 
+
+class Tls(NamedTuple):
+    """The broker's side of TLS, all PEM files."""
+
+    ca: PurePath  # who signs the clients' certificates
+    cert: PurePath
+    key: PurePath
+
+
 IOTCORE_MAIN = "import sys; from iotcore.iotcore import IotCoreBroker; IotCoreBroker(config_path=sys.argv[1]).run_forever()"
 SIMULATION_ONLY = "simulation only: iotcore is the broker, without access lists and persistence. For anything real: apt install mosquitto"
 
@@ -50,9 +59,7 @@ def mosquitto_conf(
     access: PurePath,
     host: str = "127.0.0.1",
     user: str = "",
-    ca: PurePath | None = None,
-    cert: PurePath | None = None,
-    key: PurePath | None = None,
+    tls: Tls | None = None,
 ) -> str:
     """The text of a mosquitto.conf (2.0; 2.1 takes it with a deprecation notice for the password and access files).
 
@@ -60,7 +67,7 @@ def mosquitto_conf(
         host: address to listen on; "" for all, in a container.
         data: folder of the broker's database; must be writable by `user`.
         user: account to become when started as root; "" leaves mosquitto's own default ("mosquitto").
-        ca, cert, key: with all three, TLS with client certificates whose common name is the node's name.
+        tls: the broker's files; then every client needs a certificate, whose common name is its user name, and passwords play no part.
     """
     lines = [
         "# written by deploy/broker.py; the reasons are there",
@@ -81,8 +88,9 @@ def mosquitto_conf(
         "log_type warning",
         "log_type notice",
     ]
-    if ca and cert and key:
-        lines += [f"cafile {ca}", f"certfile {cert}", f"keyfile {key}", "require_certificate true", "use_identity_as_username true"]
+    if tls:
+        lines += [f"cafile {tls.ca}", f"certfile {tls.cert}", f"keyfile {tls.key}"]
+        lines += ["require_certificate true", "use_identity_as_username true"]
     if user:
         lines.append(f"user {user}")
     return "\n".join(lines) + "\n"
@@ -124,7 +132,7 @@ def password_line(user: str, password: str, *, salt: bytes | None = None) -> str
     return f"{user}:$7${HASH_ROUNDS}${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"
 
 
-def write_mosquitto(folder: Path, *, port: int, users: Mapping[str, str], host: str = "127.0.0.1") -> Path:
+def write_mosquitto(folder: Path, *, port: int, users: Mapping[str, str], host: str = "127.0.0.1", tls: Tls | None = None) -> Path:
     """Write configuration, access list and password file into `folder`; returns the configuration's path.
 
     Args:
@@ -135,8 +143,9 @@ def write_mosquitto(folder: Path, *, port: int, users: Mapping[str, str], host: 
     data.mkdir(parents=True, exist_ok=True)
     # started as root, mosquitto would become a user who cannot read this folder; in a folder of root's own, root it stays
     conf = mosquitto_conf(
-        port=port, host=host, data=data, passwords=folder / "passwords", access=folder / "access", user="root" if os.geteuid() == 0 else ""
-    )
+        port=port, host=host, data=data, passwords=folder / "passwords", access=folder / "access", tls=tls,
+        user="root" if os.geteuid() == 0 else "",
+    )  # fmt: skip
     (folder / "passwords").touch(mode=0o600)
     write_atomically(folder / "access", mosquitto_access().encode())
     write_atomically(folder / "passwords", "".join(password_line(*pair) + "\n" for pair in sorted(users.items())).encode())
@@ -187,6 +196,7 @@ def prepare(
     port: int,
     users: Mapping[str, str],
     host: str = "127.0.0.1",
+    tls: Tls | None = None,
     program: Program | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> tuple[Program, list[str]]:
@@ -198,17 +208,17 @@ def prepare(
 
     Raises:
         PortInUse: somebody listens on `port`.
-        NotEnough: neither broker is installed.
+        NotEnough: neither broker is installed, or not the one that can do TLS.
     """
     need_free(host, port)
     mosquitto = find_mosquitto()
     if program is None:
-        program = "mosquitto" if mosquitto else "iotcore"
+        program = "mosquitto" if mosquitto or tls else "iotcore"
     known(program, ("mosquitto", "iotcore"), what="broker")
     if program == "mosquitto":
         if mosquitto is None:
             raise NotEnough("mosquitto is not installed: apt install mosquitto")
-        return program, [mosquitto, "-c", str(write_mosquitto(folder, port=port, users=users, host=host))]
+        return program, [mosquitto, "-c", str(write_mosquitto(folder, port=port, users=users, host=host, tls=tls))]
     if importlib.util.find_spec("iotcore") is None:
         raise NotEnough("no MQTT broker on this machine: apt install mosquitto, or for a simulation: pip install iotcore")
     (tell or (lambda line: stderr.print(line, style="bold red")))(SIMULATION_ONLY)
@@ -248,10 +258,11 @@ class Broker:
         port: int,
         users: Mapping[str, str],
         host: str = "127.0.0.1",
+        tls: Tls | None = None,
         program: Program | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> None:
-        self.folder, self.host, self.port, self.users = folder, host, port, dict(users)
+        self.folder, self.host, self.port, self.users, self.tls = folder, host, port, dict(users), tls
         self._program, self._tell = program, tell
         self.program: Program | None = None
         self.process: subprocess.Popen[bytes] | None = None
@@ -265,7 +276,7 @@ class Broker:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.program, command = prepare(
-            self.folder, port=self.port, users=self.users, host=self.host, program=self._program, tell=self._tell
+            self.folder, port=self.port, users=self.users, host=self.host, tls=self.tls, program=self._program, tell=self._tell
         )
         log = self.folder / "broker.log"
         with log.open("ab") as output:

@@ -449,9 +449,15 @@ class Session:
                 self._announce(item)
                 continue
             self._handle(item.message)
-            client = self._client
-            if item.qos > 0 and client is not None and item.connection == self._connection:
+            self._acknowledge(item)
+
+    def _acknowledge(self, item: _Delivery) -> None:
+        client = self._client
+        if item.qos > 0 and client is not None and item.connection == self._connection:
+            try:
                 client.ack(item.packet, item.qos)
+            except OSError as error:  # the connection went just now: the broker repeats the message, and handlers bear that
+                log.info("%s: an acknowledgement did not leave: %s", self.client_id, error)
 
     def _announce(self, session_present: bool) -> None:
         with self._lock:

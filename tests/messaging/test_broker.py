@@ -5,7 +5,7 @@ from pathlib import PurePosixPath as Path
 
 import pytest
 
-from deploy.broker import Broker, find_mosquitto, mosquitto_access, mosquitto_conf, password_line, prepare
+from deploy.broker import Broker, Tls, find_mosquitto, mosquitto_access, mosquitto_conf, password_line, prepare
 from deploy.processes import free_port
 from protocol import topics
 from protocol.errors import BadInput, NotEnough, PortInUse, Unavailable
@@ -32,7 +32,7 @@ def test_the_configuration_has_every_setting_whose_default_loses_data():
 def test_a_container_listens_on_all_addresses_and_may_ask_for_certificates():
     text = mosquitto_conf(
         port=8883, host="", data=Path("/d"), passwords=Path("/p"), access=Path("/a"), user="mosquitto",
-        ca=Path("/ca"), cert=Path("/c"), key=Path("/k"),
+        tls=Tls(Path("/ca"), Path("/c"), Path("/k")),
     )  # fmt: skip
 
     lines = text.splitlines()

@@ -15,7 +15,7 @@ from node.engine.worker import Speaker, Worker
 from node.messaging import Messaging
 from node.store import AnswerRow, Store
 from protocol import topics
-from protocol.codec import encode
+from protocol.codec import decode_message, encode
 from protocol.digests import digest_bytes
 from protocol.messages import ReleaseNotice, Reply, Status
 from protocol.tasks import Record
@@ -235,3 +235,21 @@ def test_a_node_that_vanishes_is_lost_and_one_that_stops_is_stopped(fleet, ledge
     malacatoya.messaging.session._stopping.set()  # its socket closes without a word
 
     eventually(lambda: {row["name"]: row["state"] for row in rows(ledger, nodes)} == {"esteli": "stopped", "malacatoya": "lost"})
+
+
+def test_a_node_is_born_again_for_a_broker_that_forgot_it(broker, fleet, join, eventually):
+    esteli = fleet("esteli", engine=unsure()).start()
+    eventually(lambda: esteli.messaging.connected)
+    broker.kill()
+    for file in (broker.folder / "data").iterdir():
+        file.unlink()
+    broker.start()
+    got = []
+    newcomer = join("base", start=False)
+    newcomer.subscribe(topics.ALL_STATUS, lambda message: got.append(decode_message(message.payload)))
+    newcomer.start()
+
+    eventually(lambda: got)
+
+    assert (got[-1].node, got[-1].state) == ("esteli", "answering")
+    assert got[-1].sequence >= 2
