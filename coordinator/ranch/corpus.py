@@ -175,7 +175,7 @@ def pools(days: Season, split: str) -> Pools:
         "thirsty": (rainless & _all(days.crop > 0.3) & _all(dry < 0.45))[starts],
         "parched": (rainless & _all(days.crop > 0.3) & _all(dry < 0.3) & (_most(days.thirst) > 0.15))[starts],
         "fallow": (rainless & _all(days.crop < 0.1) & _all(dry < 0.45))[starts],
-        "cool": (rainless & (cold <= 9))[starts],
+        "cool": (rainless & (cold <= max(9.0, np.quantile(days.cold, 0.15))))[starts],
         "mild": (rainless & (cold > 8))[starts],
         "freezing": (cold <= 0.5)[starts],
     }

@@ -130,6 +130,27 @@ def missing_packets(rng: Rng) -> Shape:
     return Shape(fade=rng.uniform(4, 10), loss=rng.uniform(0.3, 0.65))
 
 
+def dim_panel(rng: Rng) -> Shape:
+    """Half the sun, and nights a little low."""
+    return Shape(dust=rng.uniform(0.35, 0.6), sag=_nights(rng, 0.1, 0.4))
+
+
+# the shapes that tell one cause
+def empty_pump(rng: Rng) -> Shape:
+    """No water and little current."""
+    return Shape(pool="irrigated", flow=_even(rng.uniform(0, 0.1)), amp=rng.uniform(0.2, 0.45))
+
+
+def clogging(rng: Rng) -> Shape:
+    """Less water every day and much current."""
+    return Shape(pool="irrigated", flow=_falling_flow(rng), amp=rng.uniform(1.2, 1.4))
+
+
+def dark_panel(rng: Rng) -> Shape:
+    """Little energy on days without rain."""
+    return Shape(pool="rainless", dust=rng.uniform(0.1, 0.3), sag=_nights(rng, 0.3, 0.7))
+
+
 SCENARIOS = (
     Scenario("normal", "", "", False, lambda rng: Shape()),
     Scenario("normal", "tank", "use", True, tank_falls, tank=True),
@@ -141,7 +162,7 @@ SCENARIOS = (
     Scenario("normal", "soil", "hose", True, wet_without_rain),
     Scenario("normal", "soil", "flood", True, soaked),
     Scenario("normal", "soil", "harvest", True, bare_dry_soil),
-    Scenario("normal", "power", "cloudy", True, lambda rng: Shape(dust=rng.uniform(0.35, 0.6), sag=_nights(rng, 0.1, 0.4))),
+    Scenario("normal", "power", "cloudy", True, dim_panel),
     Scenario("normal", "power", "charge", True, tired_nights),
     Scenario("normal", "radio", "service", True, missing_packets),
     Scenario("leak", "tank", "pipe", True, tank_falls, tank=True),
@@ -153,10 +174,10 @@ SCENARIOS = (
     Scenario("overflow", "tank", "spill", True, brim, tank=True),
     Scenario("overflow", "tank", "spill", False, lambda rng: Shape(level=(1.0, 1.1), brim=rng.uniform(1.08, 1.15)), tank=True),
     Scenario("dry-run", "pump", "air", True, weak_flow),
-    Scenario("dry-run", "pump", "air", False, lambda rng: Shape(pool="irrigated", flow=_even(rng.uniform(0, 0.1)), amp=rng.uniform(0.2, 0.45))),
+    Scenario("dry-run", "pump", "air", False, empty_pump),
     Scenario("clogged-filter", "pump", "filter", True, weak_flow),
     Scenario("clogged-filter", "pump", "filter", True, half_flow),
-    Scenario("clogged-filter", "pump", "filter", False, lambda rng: Shape(pool="irrigated", flow=_falling_flow(rng), amp=rng.uniform(1.2, 1.4))),
+    Scenario("clogged-filter", "pump", "filter", False, clogging),
     Scenario("valve-stuck", "pump", "valve", True, weak_flow),
     Scenario("valve-stuck", "pump", "valve", True, uncommanded),
     Scenario("valve-stuck", "pump", "valve", False, lambda rng: Shape(pool="irrigated", flow=_even(0.0), amp=rng.uniform(1.4, 1.6))),
@@ -168,8 +189,8 @@ SCENARIOS = (
     Scenario("irrigation-due", "soil", "wilt", True, dry_soil),
     Scenario("irrigation-due", "soil", "wilt", False, lambda rng: Shape(pool="parched", rainfed=True)),
     Scenario("panel-soiled", "power", "dust", True, tired_nights),
-    Scenario("panel-soiled", "power", "dust", True, lambda rng: Shape(dust=rng.uniform(0.35, 0.6), sag=_nights(rng, 0.1, 0.4))),
-    Scenario("panel-soiled", "power", "dust", False, lambda rng: Shape(pool="rainless", dust=rng.uniform(0.1, 0.3), sag=_nights(rng, 0.3, 0.7))),
+    Scenario("panel-soiled", "power", "dust", True, dim_panel),
+    Scenario("panel-soiled", "power", "dust", False, dark_panel),
     Scenario("aged-battery", "power", "old", True, tired_nights),
     Scenario("aged-battery", "power", "old", False, lambda rng: Shape(pool="mild", sag=_nights(rng, 1.0, 1.5))),
     Scenario("cold-battery", "power", "frost", True, tired_nights),

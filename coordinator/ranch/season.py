@@ -9,8 +9,10 @@ import io
 import os
 import warnings
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -21,6 +23,8 @@ from protocol.digests import digest_value
 SEASON_VERSION = 1  # raise it when the arrays below change their meaning
 SOIL_TARGET = 85  # percent of available water at which irrigation starts
 DAILY_MM = 5.0  # most irrigation a day: drip lines run nearly daily, a little
+
+PHYSICAL = ("weather", "latitude", "soil", "crop", "planting", "first_year", "last_year", "chill")  # what of a plot a season depends on
 
 Days = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -52,14 +56,10 @@ _seasons: dict[str, Season] = {}  # this process's; a season is about 100 kB
 def season(plot: Plot, *, cache: Path | None = None) -> Season:
     """The plot's days, from memory, from the cache folder, or simulated now (0.7 s a year).
 
-    A cache file that does not load is simulated again: it can only be half of an old version's.
+    A cache file that does not load is simulated again: it was cut short or is of an older version.
     """
-    import aquacrop  # noqa: F401  (its version is part of the key; importing it here keeps `import coordinator.ranch` light)
-
-    physical = {
-        name: getattr(plot, name) for name in ("weather", "latitude", "soil", "crop", "planting", "first_year", "last_year", "chill")
-    }
-    key = digest_value({"version": SEASON_VERSION, **physical})
+    physical = {name: getattr(plot, name) for name in PHYSICAL}
+    key = digest_value({"version": SEASON_VERSION, "aquacrop": version("aquacrop"), "pvlib": version("pvlib"), **physical})
     if key in _seasons:
         return _seasons[key]
     path = (cache or cache_folder()) / "ranch" / f"{key[:32]}.npz"
@@ -74,7 +74,7 @@ def _load(path: Path) -> Season | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             return Season(**{name: file[name] for name in Season._fields})
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 
 

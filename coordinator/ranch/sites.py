@@ -28,7 +28,8 @@ SOILS = (
     "Clay", "ClayLoam", "Loam", "LoamySand", "Sand", "SandyClay", "SandyClayLoam", "SandyLoam", "Silt", "SiltClayLoam", "SiltLoam", "Paddy",
 )  # fmt: skip
 CROPS = (
-    "Barley", "Cotton", "DryBean", "Maize", "PaddyRice", "Potato", "Quinoa", "Sorghum", "Soybean", "SugarBeet", "Sunflower", "Tomato", "Wheat",
+    "Barley", "Cotton", "DryBean", "Maize", "PaddyRice", "Potato", "Quinoa", "Sorghum", "Soybean", "SugarBeet", "Sunflower", "Tomato",
+    "Wheat",
 )  # fmt: skip
 YEARS = (3, 8)  # fewest and most years of a plot: the last is for test, the one before for dev, the rest for train
 

@@ -11,6 +11,7 @@ from coordinator.ranch.sites import Plot
 
 FULL_NIGHT_V = 12.6  # a charged lead-acid battery at dawn
 NODE_W = 0.4  # mean draw of node, valves and radio
+HAND_HOURS = 2.0  # of a watering without a command
 ABSENT = -1.0  # stands for a channel the plot does not have, in `numbers`
 
 
@@ -48,9 +49,11 @@ def simulate(plot: Plot, season: Season, start: int, shape: Shape, rng: Rng) -> 
     ran = any(litres > 0) or shape.by_hand > 0
     sun = float(np.mean(season.clouds[days])) * shape.dust
     return Window(
-        day=int(season.day[start]), soil=_soil(season, start, shape, flow, rng), rain=tuple(season.rain[days] * shape.gauge), flow=tuple(flow),
+        day=int(season.day[start]), soil=_soil(season, start, shape, flow, rng), rain=tuple(season.rain[days] * shape.gauge),
+        flow=tuple(flow),
         tank=_tank(plot, litres, flow, shape, rng), volt=_volts(plot, season, start, shape, rng), opened=int((litres > 0).sum()),
-        amp=_noisy(shape.amp, rng, 0.03) if ran else 0.0, sun=min(_noisy(sun, rng, 0.03), 1.0), cold=float(season.cold[days].min()),
+        amp=_noisy(shape.amp, rng, 0.03) if ran else 0.0,
+        sun=min(_noisy(sun, rng, 0.03), 1.0), cold=float(season.cold[days].min()),
         rssi=_rssi(plot, rng) - shape.fade, loss=min(max(shape.loss + abs(rng.normal(0, 0.03)), 0.0), 1.0),
     )  # fmt: skip
 
@@ -86,7 +89,7 @@ def _tank(plot: Plot, litres: np.ndarray, flow: list[float], shape: Shape, rng: 
         return ()
     level = rng.uniform(*shape.level)
     top = shape.brim or 0.96
-    usual = 0.25 * plot.tank_l  # litres of one watering by hand
+    usual = plot.pump_lpm * 60 * HAND_HOURS  # litres of one watering by hand
     levels = []
     for day in range(DAYS):
         use = litres[day] * min(flow[day], 1.6) if litres[day] > 0 else usual * flow[day]

@@ -45,8 +45,8 @@ SENTENCES = {
         "en": ("All in order: the readings are the usual ones.", "All in order: the note explains what shows."),
     },
     "leak": {
-        "es": ("Hay una fuga: el agua sale sin llegar al cultivo.", "Hay una fuga: la nota la ubica."),
-        "en": ("There is a leak: water leaves without reaching the crop.", "There is a leak: the note places it."),
+        "es": ("Hay una fuga: el agua sale sin llegar al cultivo.", "Hay una fuga: la nota dice dónde mirar."),
+        "en": ("There is a leak: water leaves without reaching the crop.", "There is a leak: the note says where to look."),
     },
     "tank-low": {
         "es": ("El tanque queda en {tank} porque el pozo no repone.", "El tanque baja a {tank}: el pozo no repone."),
@@ -65,15 +65,15 @@ SENTENCES = {
         "en": ("Clogged filter: flow falls to {flow}, current {amp}.", "Clogged filter: little water passes, wash it."),
     },
     "valve-stuck": {
-        "es": ("Valvula trabada: orden de abrir y flujo {flow}.", "Valvula trabada: no obedece la orden."),
+        "es": ("Válvula trabada: orden de abrir y flujo {flow}.", "Válvula trabada: no obedece la orden."),
         "en": ("Valve stuck: told to open and flow {flow}.", "Valve stuck: it does not obey the command."),
     },
     "sensor-stuck": {
-        "es": ("El sensor de suelo repite {soil}: esta trabado.", "El sensor repite {soil} y la tierra dice otra cosa."),
+        "es": ("El sensor de suelo repite {soil}: está trabado.", "El sensor repite {soil} y la tierra dice otra cosa."),
         "en": ("The soil sensor repeats {soil}: it is stuck.", "The sensor repeats {soil} and the soil differs."),
     },
     "gauge-blocked": {
-        "es": ("Pluviometro tapado: el suelo sube a {soil} sin lluvia.", "Pluviometro tapado: llovio y no marco nada."),
+        "es": ("Pluviómetro tapado: el suelo sube a {soil} sin lluvia.", "Pluviómetro tapado: llovió y no marcó nada."),
         "en": ("Rain gauge blocked: soil rises to {soil} without rain.", "Rain gauge blocked: it rained and counted nothing."),
     },
     "saturated-soil": {
@@ -81,27 +81,27 @@ SENTENCES = {
         "en": ("Soil saturated at {soil} after rain: no drainage.", "Soil saturated at {soil}: the drain does not work."),
     },
     "irrigation-due": {
-        "es": ("Toca regar: el suelo esta en {soil} y no llueve.", "Toca regar: suelo en {soil} y cultivo marchito."),
+        "es": ("Toca regar: el suelo está en {soil} y no llueve.", "Toca regar: suelo en {soil} y cultivo marchito."),
         "en": ("Irrigation is due: soil at {soil} and no rain.", "Irrigation is due: soil at {soil}, crop wilting."),
     },
     "panel-soiled": {
-        "es": ("Panel sucio: sol {sun} sin lluvia, limpielo.", "Panel sucio: da solo {sun}, limpielo."),
+        "es": ("Panel sucio: sol {sun} sin lluvia, límpielo.", "Panel sucio: da sólo {sun}, límpielo."),
         "en": ("Soiled panel: sun {sun} without rain, clean it.", "Soiled panel: it gives only {sun}, clean it."),
     },
     "aged-battery": {
-        "es": ("Bateria gastada: cae a {volt} con sol {sun}.", "Bateria gastada: cae a {volt}, conviene cambiarla."),
+        "es": ("Batería gastada: cae a {volt} con sol {sun}.", "Batería gastada: cae a {volt}, conviene cambiarla."),
         "en": ("Aged battery: falls to {volt} with sun {sun}.", "Aged battery: falls to {volt}, replace it."),
     },
     "cold-battery": {
-        "es": ("El frio baja la bateria a {volt}, temperatura {temp}.", "La helada baja la bateria a {volt}."),
+        "es": ("El frio baja la batería a {volt}, temperatura {temp}.", "La helada baja la batería a {volt}."),
         "en": ("Cold pulls the battery to {volt}, temperature {temp}.", "Frost pulls the battery to {volt}."),
     },
     "gateway-loss": {
-        "es": ("Gateway caido: faltan paquetes con buena senal.", "Gateway caido: no tiene luz ni red."),
+        "es": ("Gateway caido: faltan paquetes con buena señal.", "Gateway caido: no tiene luz ni red."),
         "en": ("Gateway down: packets missing with good signal.", "Gateway down: it has no power or network."),
     },
     "radio-weak": {
-        "es": ("Radio debil: la senal baja a {link}.", "Radio debil: algo estorba la antena."),
+        "es": ("Radio débil: la señal baja a {link}.", "Radio débil: algo estorba la antena."),
         "en": ("Weak radio: signal falls to {link}.", "Weak radio: something is in the antenna's way."),
     },
 }  # fmt: skip
