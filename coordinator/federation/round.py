@@ -489,9 +489,9 @@ def _put(publisher: Publisher, name: str, kind: Any, data: bytes) -> ReleaseFile
 
 
 def _adapters_in(folder: Path, number: int) -> list[_Adapter]:
-    """Whole adapters in a round's folder, each digest once."""
+    """Whole adapters in a round's folder, each site's each digest once."""
     found = {
-        reply.digest: _Adapter(reply.header, flat, reply.digest, number)
+        (reply.node, reply.digest): _Adapter(reply.header, flat, reply.digest, number)
         for reply, flat in load(folder)
         if flat is not None and reply.header is not None
     }
