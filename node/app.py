@@ -30,6 +30,7 @@ from node.answering import Answering
 from node.api import routes
 from node.api.metrics import Metrics
 from node.api.server import Server, bind
+from node.client import RunFile
 from node.engine.loading import describe, load_fixed, load_release, prove
 from node.engine.worker import Speaker, Worker
 from node.messaging import Messaging
@@ -49,15 +50,6 @@ SUMMARY_S = 300.0  # seconds between summaries to the coordinator; sooner with a
 POLL_JITTER = 0.2  # polls come up to this share early, so that a fleet does not ask at once
 
 log = logging.getLogger("milpa.node")
-
-
-class RunFile(msgspec.Struct, frozen=True):
-    """`run.json`: how to reach the daemon of this state folder."""
-
-    pid: int
-    url: str
-    boot: str
-    started: int  # seconds since 1970
 
 
 class Daemon:
@@ -371,12 +363,3 @@ def run(settings: NodeSettings) -> None:
         daemon.wait()
     finally:
         daemon.stop()
-
-
-def read_run_file(state_dir: Path) -> RunFile | None:
-    """Where the daemon of `state_dir` is, if it runs."""
-    try:
-        found = msgspec.json.decode((state_dir / "run.json").read_bytes(), type=RunFile)
-    except (OSError, msgspec.DecodeError):
-        return None
-    return found if Path(f"/proc/{found.pid}").exists() or not Path("/proc/self").exists() else None

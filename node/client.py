@@ -1,17 +1,35 @@
 """What the command line does with a node: through its API when it runs, on its folder when it does not."""
 
+from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 
-from node.api.server import is_loopback
-from node.app import read_run_file
-from node.settings import NodeSettings, secret
+from node.settings import NodeSettings, is_loopback, secret
 from protocol.errors import BadInput, Unavailable
 from protocol.tasks import Record, task_named
 
 CONNECT_S = 2.0  # seconds; the daemon is on this machine
 PATIENCE_S = 5.0  # seconds beyond the node's own deadline
+
+
+class RunFile(msgspec.Struct, frozen=True):
+    """`run.json`: how to reach the daemon of this state folder."""
+
+    pid: int
+    url: str
+    boot: str
+    started: int  # seconds since 1970
+
+
+def read_run_file(state_dir: Path) -> RunFile | None:
+    """Where the daemon of `state_dir` is, if it runs."""
+    try:
+        found = msgspec.json.decode((state_dir / "run.json").read_bytes(), type=RunFile)
+    except (OSError, msgspec.DecodeError):
+        return None
+    return found if Path(f"/proc/{found.pid}").exists() or not Path("/proc/self").exists() else None
 
 
 def address(settings: NodeSettings) -> str:

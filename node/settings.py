@@ -3,6 +3,7 @@
 Everything has a default with which a node starts alone on one machine: no broker, no peers, no coordinator.
 """
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -190,3 +191,13 @@ def secret(file: str, *, what: str) -> str:
     if not value:
         raise BadInput(f"{what} {file} is empty")
     return value
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

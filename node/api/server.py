@@ -1,7 +1,6 @@
 """Runs the API in a thread of its own: the socket is bound first, so that a port in use is one clear line and not a traceback later."""
 
 import errno
-import ipaddress
 import socket
 import threading
 import time
@@ -9,6 +8,7 @@ import time
 import uvicorn
 from starlette.types import ASGIApp
 
+from node.settings import is_loopback
 from protocol.errors import BadInput, PortInUse, Unavailable
 
 BACKLOG = 64  # connections that wait for accept()
@@ -37,16 +37,6 @@ def bind(host: str, port: int, *, key: str) -> socket.socket:
             raise PortInUse(f"port {port} on {host} is in use by another program; stop it or set api.port") from error
         raise BadInput(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     return listener
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Server:

@@ -1,19 +1,26 @@
-"""A node in memory: a real store and a real engine thread, a small engine, and somebody to ask who only takes notes."""
+"""A node in memory: a real store and a real engine thread, a small engine, and somebody to ask who only takes notes; and whole daemons."""
 
+import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
 from node.answering import Answering
 from node.api import routes
 from node.api.metrics import Metrics
+from node.app import Daemon
 from node.engine.worker import Speaker, Worker
+from node.settings import NodeSettings, read
 from node.store import Store
 from protocol.digests import digest_bytes
 from protocol.messages import Question, Reply
+from protocol.releases import KnownAnswer
 from protocol.tasks import Record
 from tests.node.fake_engine import FakeEngine
 
@@ -128,3 +135,83 @@ def unsure(make_node: Callable[..., NodeInMemory]) -> NodeInMemory:
 def sure(make_node: Callable[..., NodeInMemory]) -> NodeInMemory:
     """A node whose model is always sure, with somebody to ask."""
     return make_node(FakeEngine(default=" normal: all is well", probability=0.99), asking=Notes())
+
+
+# ---- whole daemons
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 60.0
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MILPA_NODE_API_PORT": "0"}
+
+
+def eventually(look: Callable[[], Any]) -> Any:
+    end = time.monotonic() + DEADLINE_S
+    while not (found := look()):
+        assert time.monotonic() < end, "it did not happen within the deadline"
+        time.sleep(0.05)
+    return found
+
+
+def settings(folder: Path, **flags: Any) -> NodeSettings:
+    given = {"node.state_dir": str(folder / "state"), "api.port": 0, **{key.replace("__", "."): value for key, value in flags.items()}}
+    return read(flags=given, environment={})[0]
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[NodeSettings], Daemon]]:
+    running: list[Daemon] = []
+
+    def begin(given: NodeSettings) -> Daemon:
+        daemon = Daemon(given)
+        daemon.start()
+        running.append(daemon)
+        return daemon
+
+    yield begin
+    for daemon in running:
+        if not daemon.wait(0):
+            daemon.stop()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny import tiny_gguf
+
+    return tiny_gguf(tmp_path_factory.mktemp("daemon") / "tiny.gguf")
+
+
+def ask(url: str, prompt: str = "soil 12 %") -> httpx.Response:
+    return httpx.post(url + "/v1/completions", json={"prompt": prompt}, timeout=30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Iterator[tuple[Any, str]]:
+    """A publisher and the address its store is served on."""
+    from fastapi import FastAPI
+
+    from node.api.server import Server, bind
+
+    publishing, serving = pytest.importorskip("coordinator.fleet.publishing"), pytest.importorskip("coordinator.fleet.repository")
+    publisher = publishing.Publisher(tmp_path / "repository")
+    publisher.init()
+    (tmp_path / "root.json").write_bytes(publisher.root_bytes())
+    app = FastAPI()
+    app.include_router(serving.routes(publisher))
+    server = Server(app, bind("127.0.0.1", 0, key=""))
+    server.start()
+    yield publisher, server.url + "/repository"
+    server.stop()
+
+
+def publish(publisher: Any, number: int, model: Path, *, knows: str | None = None) -> None:
+    from coordinator.fleet.publishing import build_release
+
+    known = [KnownAnswer("soil\nen:", knows)] if knows is not None else []
+    release, files = build_release(number, "ranch", [("student", "model", model, "")], known_answers=known, previous=number - 1)
+    publisher.publish(release, files)
