@@ -26,8 +26,18 @@ def test_apertium_translates_each_record_and_tells_its_version() -> None:
 
     assert len(found.texts) == 3
     assert "gato" in found.texts[0]
+    assert found.texts[0].endswith(".")
     assert "*xyzzy" not in found.texts[1]
     assert found.version.startswith("apertium ")
+
+
+@has_apertium
+def test_a_record_is_translated_as_if_it_were_alone() -> None:
+    together = peers.apertium(sentences("He was there", "The dog runs", "How old are you?"), SPANISH).texts
+
+    assert together == tuple(
+        peers.apertium(sentences(source), SPANISH).texts[0] for source in ("He was there", "The dog runs", "How old are you?")
+    )
 
 
 def program(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,9 +63,9 @@ def test_a_peer_without_the_language_pair_is_refused_the_same_way(tmp_path: Path
 
 
 def test_a_peer_that_loses_a_line_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program(tmp_path, 'if [ "$1" = -l ]; then echo eng-spa; else head -n 1; fi', monkeypatch)
+    program(tmp_path, 'if [ "$1" = -l ]; then echo eng-spa; else cat | head -n 2; fi', monkeypatch)
 
-    with pytest.raises(Unavailable, match="1 lines for 2 records"):
+    with pytest.raises(Unavailable, match="texts for 2 records"):
         peers.apertium(sentences("One.", "Two."), SPANISH)
 
 

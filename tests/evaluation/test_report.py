@@ -11,8 +11,9 @@ import pytest
 
 from coordinator.forge import evidence, report
 from coordinator.forge.calibrate import fit
-from coordinator.forge.evaluation import paired_bootstrap
-from tests.evaluation.conftest import simulated
+from coordinator.forge.evaluation import evaluate_texts, paired_bootstrap
+from protocol.tasks import Record
+from tests.evaluation.conftest import SPANISH, simulated
 
 
 def run_of(*, improved: bool = True, seed: int = 0, gain: float = 0.15) -> dict[str, Any]:
@@ -180,3 +181,16 @@ def test_a_page_fits_the_screen_in_both_colours(width: int, page: str, evidence_
             backgrounds.add(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
             tab.close()
     assert len(backgrounds) == 2
+
+
+def test_a_translation_release_is_judged_by_chrf() -> None:
+    records = [Record(id=str(i), task=SPANISH.name, source="x", target="el gato duerme en la casa", lang="es") for i in range(30)]
+    teacher = evaluate_texts(["el gato duerme en la casa"] * 30, records, SPANISH, name="teacher")
+    student = evaluate_texts(["el gato duerme en casa"] * 30, records, SPANISH, name="student")
+    sets = {"tatoeba": {"teacher": teacher, "student": student, "apertium eng-spa": student}}
+
+    html = report.evidence_page(evidence.bundle(release=1, task=SPANISH.name, sets=sets, seed=1, command="x"))
+
+    assert "mean sentence chrF" in text_of(html)
+    assert "verdict right" not in text_of(html)
+    assert f"{student.figures()['chrf']:.1f}" in text_of(html)
