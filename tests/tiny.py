@@ -22,7 +22,13 @@ from protocol.models.checkpoint import (
     encode_tensor,
 )
 
-WORDS = ["normal", "irrigation", "due", "saturated", "soil", "crop", "stress", "leak", "dry", "run", "clogged", "filter", "valve", "stuck", "tank", "low", "overflow", "sensor", "offset", "rain", "blocked", "panel", "soiled", "battery", "cold", "aged", "gateway", "loss", "radio", "weak", "the", "is", "and", "water", "pump", "flow", "level", "moisture", "since", "hours", "note", "night", "sun", "power", "el", "la", "de", "agua", "bomba", "tanque", "suelo", "seco", "riego", "hoja", "nota", "noche", "sin", "fuga", "nivel", "del", "que", "en", "es", "y", "por", "con", "the", "cat", "sat", "on", "a", "mat", "English", "Spanish"]
+WORDS = (
+    "normal irrigation due saturated soil crop stress leak dry run clogged filter valve stuck tank low overflow sensor "
+    "offset rain blocked panel soiled battery cold aged gateway loss radio weak the is and water pump flow "
+    "level moisture since hours note night sun power el la de agua bomba tanque suelo seco riego hoja "
+    "nota noche sin fuga nivel del que en es y por con the cat sat on a mat "
+    "English Spanish"
+)
 
 CHARACTERS = "▁\nabcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789áéíóúñüÁÉÍÓÚÑ¿¡.,:;!?'\"()%/+-=_*&"
 
@@ -33,7 +39,7 @@ def tiny_vocabulary(words: list[str] | None = None) -> Vocabulary:
     types = [TOKEN_CONTROL] * 3 + [TOKEN_UNKNOWN] + [TOKEN_BYTE] * 256
     scores = [-1000.0] * len(tokens)
     merged: list[str] = []
-    spelled = Counter(tuple("▁" + word) for word in words or WORDS)
+    spelled = Counter(tuple("▁" + word) for word in (words or WORDS.split()))
     while True:
         pairs: Counter[tuple[str, str]] = Counter()
         for pieces, count in spelled.items():

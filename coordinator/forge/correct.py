@@ -53,9 +53,20 @@ def trained(
 
     def run(parameters: Sequence[torch.nn.Parameter]) -> TrainResult:
         return train(
-            model, examples, parameters=parameters, learning_rate=recipe.learning_rate, loss=loss,
-            seconds=recipe.seconds, epochs=recipe.epochs, steps=recipe.steps, batch_tokens=recipe.batch_tokens, warm_up=recipe.warm_up, seed=seed, progress=progress, state=state,
-        )  # fmt: skip
+            model,
+            examples,
+            parameters=parameters,
+            learning_rate=recipe.learning_rate,
+            loss=loss,
+            seconds=recipe.seconds,
+            epochs=recipe.epochs,
+            steps=recipe.steps,
+            batch_tokens=recipe.batch_tokens,
+            warm_up=recipe.warm_up,
+            seed=seed,
+            progress=progress,
+            state=state,
+        )
 
     if recipe.mode == "lora":
         digest = checkpoint.digest if checkpoint.path else f"{seed}"

@@ -114,7 +114,9 @@ def distillation_loss(cache: TargetCache, examples: Sequence[Example], *, alpha:
 
     def loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         plain = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")  # (n,)
-        where, views, at = [], [], 0
+        where: list[int] = []
+        views: list[Targets] = []
+        at = 0
         for i in batch.index:
             n = len(examples[i].target)
             view = cache.get(examples[i])

@@ -11,6 +11,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import ctypes
 import os
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -91,22 +92,22 @@ class Checkpoint:
         if not path.is_file():
             raise BadInput(f"model file {path} does not exist")
         try:
-            reader = gguf.GGUFReader(path)
+            reader = _Reader(path)
             architecture = reader.fields["general.architecture"].contents()
-        except (ValueError, KeyError, IndexError) as error:
+        except (ValueError, KeyError, IndexError, struct.error) as error:
             raise MalformedMessage(f"{path} is not a GGUF model file: {error}") from error
         if architecture != ARCHITECTURE:
             raise MalformedMessage(f"{path} is a {architecture!r} model; this build trains {ARCHITECTURE!r} only")
         metadata = {
-            name: Value(entry.contents(), entry.types[0], entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None)
+            name: Value(reader.value(name), entry.types[0], entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None)
             for name, entry in reader.fields.items()
             if name not in _SKIPPED and name not in _VOCABULARY
         }
-        vocabulary = Vocabulary(
-            reader.fields["tokenizer.ggml.tokens"].contents(),
-            np.array(reader.fields["tokenizer.ggml.scores"].contents(), dtype=np.float32),
-            np.array(reader.fields["tokenizer.ggml.token_type"].contents(), dtype=np.int32),
-        )
+        missing = [name for name in _VOCABULARY if name not in reader.fields]
+        if missing:
+            raise MalformedMessage(f"{path} has no {missing[0]}: it is not a whole model file")
+        tokens, scores, types = (reader.value(name) for name in _VOCABULARY)
+        vocabulary = Vocabulary(tokens, np.array(scores, dtype=np.float32), np.array(types, dtype=np.int32))
         tensors = {tensor.name: Tensor(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
         return cls(metadata, vocabulary, tensors, path)
 
@@ -193,6 +194,39 @@ class Checkpoint:
                     else tensor.data.shape[-1]
                 )
                 yield name, (int(tensor.data.shape[0]), int(inputs))
+
+
+class _Reader(gguf.GGUFReader):
+    """gguf's reader, but a list of 262,144 pieces takes a fifth of a second and not ten."""
+
+    def __init__(self, path: Path) -> None:
+        self._lists: dict[int, list[Any]] = {}  # offset of a list's type -> its items
+        super().__init__(path)
+
+    def value(self, name: str) -> Any:
+        """A metadata value as Python knows it."""
+        entry = self.fields[name]
+        at = entry.offset + 8 + len(name.encode()) + 4  # length of the name, the name, its type
+        return self._lists[at] if at in self._lists else entry.contents()
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if gguf.GGUFValueType(raw_type) != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        item, size, offset = gguf.GGUFValueType(kind[0]), int(count[0]), int(orig_offs) + 12
+        if size > len(self.data):
+            raise ValueError(f"a list of {size} items in {len(self.data)} bytes")
+        if item == gguf.GGUFValueType.STRING:
+            data, items = memoryview(self.data), []
+            for _ in range(size):
+                (length,) = struct.unpack_from("<Q", data, offset)
+                items.append(bytes(data[offset + 8 : offset + 8 + length]).decode())
+                offset += 8 + length
+        else:
+            numbers = self._get(offset, self.gguf_scalar_to_np[item], size)
+            items, offset = numbers.tolist(), offset + int(numbers.nbytes)
+        self._lists[int(orig_offs)] = items
+        return offset - int(orig_offs), [kind, count], [], [gguf.GGUFValueType.ARRAY, item]
 
 
 def _packed(kind: gguf.GGMLQuantizationType) -> bool:

@@ -14,7 +14,6 @@ Knows nothing of tasks, teachers or Flower.
 
 import io
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from transformers import Gemma3ForCausalLM
 
 from protocol.blobs import write_atomically
-from protocol.digests import digest_value
+from protocol.digests import digest_bytes, digest_value
 from protocol.errors import BadInput, MilpaError, NotEnough
 from protocol.models.tokenizer import Example
 from protocol.models.torch_model import embed, hidden_states, logits_of
@@ -326,17 +325,18 @@ def _save(path: Path, key: str, work: _Work, done: _Done) -> None:
     torch.save(
         {"key": key, "masters": [m.detach() for m in work.masters], "optimizer": work.optimizer.state_dict(), "done": vars(done)}, buffer
     )
-    write_atomically(path, buffer.getvalue())
+    data = buffer.getvalue()
+    write_atomically(path, digest_bytes(data).encode() + data)
 
 
 def _load(path: Path, key: str, work: _Work) -> _Done:
     """The saved progress; a fresh start when there is none, or it is another plan's, or its bytes are spoiled."""
     if not path.is_file():
         return _Done()
-    try:
-        saved: dict[str, Any] = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
+    data = path.read_bytes()
+    if digest_bytes(data[64:]).encode() != data[:64]:
         return _Done()
+    saved: dict[str, Any] = torch.load(io.BytesIO(data[64:]), weights_only=True)
     if saved.get("key") != key:
         return _Done()
     with torch.no_grad():

@@ -1,0 +1,33 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from protocol.tasks import RANCH, Record
+from tests.tiny import tiny_gguf
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight blocks: block 5 is a global one, with another rope base."""
+    return tiny_gguf(tmp_path_factory.mktemp("eight") / "eight.gguf", layers=8)
+
+
+@pytest.fixture
+def records() -> Callable[[int], list[Record]]:
+    def make(count: int) -> list[Record]:
+        codes = ("leak", "normal", "tank-low")
+        return [
+            Record(
+                id=f"r{i}", task=RANCH.name, source=f"soil{i % 7}{i % 5} tank{i % 3}; nota {i}", lang=("en", "es")[i % 2],
+                target=f"{codes[i % 3]}: {('el agua', 'the tank is low', 'todo en orden')[i % 3]}", verdict=codes[i % 3],
+            )
+            for i in range(count)
+        ]  # fmt: skip
+
+    return make

@@ -1,0 +1,120 @@
+"""From records to two model files, once; and the command that does it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from coordinator.forge.correct import Recipe
+from coordinator.forge.pipeline import Budget, Forged, Plan, forge
+from protocol.digests import digest_file
+from protocol.errors import BadInput, MilpaError, NotEnough
+from protocol.models.checkpoint import Checkpoint
+from protocol.models.tokenizer import Tokenizer
+from protocol.tasks import RANCH, Record
+from tests.tiny import tiny_gguf
+
+pytestmark = [pytest.mark.torch, pytest.mark.llama]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tiny_gguf(tmp_path / "base.gguf", layers=3)
+
+
+def make(base: Path, records: list[Record], folder: Path, *, seed: int = 0, blocks: int = 2) -> tuple[Forged, list[str]]:
+    plan = Plan(
+        budget=Budget.named("10"), seed=seed, blocks=blocks, correct=Recipe(learning_rate=5e-3, steps=6),
+        student=Recipe(mode="full", learning_rate=3e-3, steps=6),
+    )  # fmt: skip
+    worked: list[str] = []
+    made = forge(
+        RANCH, records, work=folder / "work", out=folder / "out", plan=plan, base=base,
+        progress=lambda stage, share, words: worked.append(stage) if words.startswith(("step", "counting")) or "records" in words else None,
+    )  # fmt: skip
+    return made, list(dict.fromkeys(worked))
+
+
+def test_a_teacher_and_a_smaller_student_come_out_and_the_second_run_computes_nothing(
+    base: Path, records: Callable[[int], list[Record]], tmp_path: Path
+) -> None:
+    made, worked = make(base, records(20), tmp_path)
+    again, idle = make(base, records(20), tmp_path)
+
+    assert worked == ["trim", "correct", "capture", "distil"]
+    assert idle == []
+    assert made.lineage["distil"] == again.lineage["distil"]
+    assert (Checkpoint.read(made.teacher).blocks, Checkpoint.read(made.student).blocks) == (3, 2)
+    assert made.lineage["export"]["files"]["student.gguf"]["digest"] == digest_file(made.student)
+    assert msgspec.json.decode((tmp_path / "out" / "lineage.json").read_bytes())["licence"]["name"] == "not stated"
+    with Tokenizer(made.student) as small, Tokenizer(made.teacher) as large:
+        assert small.encode("soil low", bos=True) == large.encode("soil low", bos=True)
+
+
+def test_other_blocks_reuse_the_teacher_and_another_seed_does_not(
+    base: Path, records: Callable[[int], list[Record]], tmp_path: Path
+) -> None:
+    first, _ = make(base, records(12), tmp_path)
+
+    other_blocks, worked = make(base, records(12), tmp_path, blocks=1)
+    other_seed, all_but_trim = make(base, records(12), tmp_path, seed=1)
+
+    assert worked == ["distil"]
+    assert other_blocks.lineage["correct"] == first.lineage["correct"]
+    assert all_but_trim == ["correct", "capture", "distil"]
+    assert other_seed.lineage["export"]["files"] != first.lineage["export"]["files"]
+
+
+def test_unfinished_stages_are_gone_on_with(base: Path, records: Callable[[int], list[Record]], tmp_path: Path) -> None:
+    first, _ = make(base, records(12), tmp_path)
+    for marker in (tmp_path / "work").glob("distil-*/finished.json"):
+        marker.unlink()
+
+    second, worked = make(base, records(12), tmp_path)
+
+    assert worked == ["distil"]
+    assert second.lineage["export"]["files"] == first.lineage["export"]["files"]
+
+
+def test_too_few_records_are_told_before_any_work(base: Path, records: Callable[[int], list[Record]], tmp_path: Path) -> None:
+    with pytest.raises(NotEnough, match="3 records"):
+        make(base, records(3), tmp_path)
+
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("name", ["soon", "-5", "3", "nan"])
+def test_a_budget_is_a_name_or_seconds(name: str) -> None:
+    with pytest.raises(BadInput, match="demo, hour"):
+        Budget.named(name)
+
+
+def refused(arguments: list[str]) -> str:
+    import typer
+
+    from coordinator.commands.distill import distill
+
+    app = typer.Typer()
+    app.command()(distill)
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, MilpaError), result.output
+    return str(result.exception)
+
+
+def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "pairs.tsv").write_text("One.\tUno.\nTwo without a translation\n", encoding="utf-8")
+    out = tmp_path / "model"
+
+    assert "line 2" in refused(["--pairs", str(tmp_path / "pairs.tsv"), "--out", str(out)])
+    assert "--pairs" in refused(["--out", str(out)])
+    assert "--task" in refused(["--records", "x.jsonl", "--out", str(out)])
+    assert "budget" in refused(["--pairs", str(tmp_path / "pairs.tsv"), "--budget", "soon", "--out", str(out)])
+    assert not out.exists()
