@@ -74,6 +74,7 @@ class Plan:
     seed: int = 0
     blocks: int = 8  # the student's
     alpha: float = 0.5  # weight of the teacher's distribution
+    own: float = 1.0  # for each captured record, so many records more with their own targets, which the capture had no time for
     kind: str = DEFAULT_KIND  # of the student's file
     teacher_kind: str = "Q8_0"
     frequent: int = FREQUENT
@@ -156,7 +157,7 @@ def forge(
     corrected, lineage["correct"] = _correct(task, learnable, work=work, trimmed=trimmed, plan=plan, told=told)
     cut, lineage["cut"] = _cut(work=work, corrected=corrected, plan=plan, told=told)
     captured, lineage["capture"] = _capture(task, records, work=work, corrected=corrected, plan=plan, told=told)
-    student, lineage["distil"] = _distil(work=work, cut=cut, captured=captured, plan=plan, told=told)
+    student, lineage["distil"] = _distil(task, learnable, work=work, cut=cut, captured=captured, plan=plan, told=told)
     return _export(out, corrected=corrected, student=student, plan=plan, lineage=lineage, told=told)
 
 
@@ -222,13 +223,19 @@ def _capture(
     return stage.folder, _told(told, stage)
 
 
-def _distil(*, work: Path, cut: Path, captured: Path, plan: Plan, told: Progress) -> tuple[Path, dict[str, Any]]:
+def _distil(
+    task: Task, records: Sequence[Record], *, work: Path, cut: Path, captured: Path, plan: Plan, told: Progress
+) -> tuple[Path, dict[str, Any]]:
     recipe = _within(plan.student, plan.budget.student_s)
     checkpoint = Checkpoint.read(cut)
-    stage = Stage(work, "distil", [checkpoint.digest, captured.name, recipe, plan.alpha, plan.seed])
+    stage = Stage(work, "distil", [checkpoint.digest, captured.name, recipe, plan.alpha, plan.own, plan.seed])
     path = stage.folder / "student-f16.gguf"
     if stage.report is None:
-        examples = distil.examples_of(distil.read_log(captured / "captured.jsonl"))
+        log = distil.read_log(captured / "captured.jsonl")
+        examples, asked = distil.examples_of(log), {one.id for one in log}
+        others = [record for record in records if record.id not in asked][: round(plan.own * len(log))]
+        with Tokenizer(cut) as tokenizer:
+            examples += [make_example(tokenizer, task, record) for record in others]
         header = msgspec.json.decode((captured / "header.json").read_bytes(), type=CacheHeader)
         cache = TargetCache(captured, header)
         loss = distil.distillation_loss(cache, examples, alpha=plan.alpha)
@@ -237,7 +244,16 @@ def _distil(*, work: Path, cut: Path, captured: Path, plan: Plan, told: Progress
         cache.close()
         model.write(path)
         state.unlink(missing_ok=True)
-        stage.finish({"recipe": recipe, "training": result, "alpha": plan.alpha, "file_digest": model.digest})
+        stage.finish(
+            {
+                "recipe": recipe,
+                "training": result,
+                "alpha": plan.alpha,
+                "captured": len(log),
+                "own": len(others),
+                "file_digest": model.digest,
+            }
+        )
     return path, _told(told, stage)
 
 
