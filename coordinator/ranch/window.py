@@ -35,7 +35,7 @@ class Window(msgspec.Struct, frozen=True):
         """All figures in one fixed order, for the tabular baseline."""
         tank = self.tank or (ABSENT,) * DAYS
         rest = (float(self.opened), self.amp, self.sun, self.cold, self.rssi, self.loss)
-        return tuple(round(value, 3) for value in (*self.soil, *self.rain, *self.flow, *tank, *self.volt, *rest))
+        return tuple(round(float(value), 3) for value in (*self.soil, *self.rain, *self.flow, *tank, *self.volt, *rest))
 
 
 def simulate(plot: Plot, season: Season, start: int, shape: Shape, rng: Rng) -> Window:
@@ -49,7 +49,7 @@ def simulate(plot: Plot, season: Season, start: int, shape: Shape, rng: Rng) -> 
     ran = any(litres > 0) or shape.by_hand > 0
     sun = float(np.mean(season.clouds[days])) * shape.dust
     return Window(
-        day=int(season.day[start]), soil=_soil(season, start, shape, flow, rng), rain=tuple(season.rain[days] * shape.gauge),
+        day=int(season.day[start]), soil=_soil(season, start, shape, flow, rng), rain=tuple((season.rain[days] * shape.gauge).tolist()),
         flow=tuple(flow),
         tank=_tank(plot, litres, flow, shape, rng), volt=_volts(plot, season, start, shape, rng), opened=int((litres > 0).sum()),
         amp=_noisy(shape.amp, rng, 0.03) if ran else 0.0,
