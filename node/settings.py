@@ -92,7 +92,7 @@ class Learn(msgspec.Struct, frozen=True):
     threads: int = 1
     superlink: str = ""  # HOST:PORT of the SuperLink; empty: no rounds
     fleet_token_file: str = ""  # what the SuperLink asks of nodes
-    window_s: float = 600.0  # how long a sync window stays open
+    window_s: float = 120.0  # how long a sync window stays open
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -164,6 +164,12 @@ def check(settings: NodeSettings) -> None:
         "peers.deadline_s": (settings.peers.deadline_s, 1, 30 * 86_400),
         "peers.hops": (settings.peers.hops, 0, 8),
         "update.poll_s": (settings.update.poll_s, 1, 30 * 86_400),
+        "learn.min_examples": (settings.learn.min_examples, 1, 1_000_000),
+        "learn.epochs": (settings.learn.epochs, 1, 1_000),
+        "learn.rate": (settings.learn.rate, 0, 1),
+        "learn.max_seconds": (settings.learn.max_seconds, 1, 86_400),
+        "learn.threads": (settings.learn.threads, 1, 256),
+        "learn.window_s": (settings.learn.window_s, 1, 86_400),
         "limits.answers": (settings.limits.answers, 100, 100_000_000),
         "limits.refused": (settings.limits.refused, 1, 1_000_000),
     }

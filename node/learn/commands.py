@@ -2,12 +2,16 @@
 
 import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from protocol.console import print_json, stderr
 from protocol.errors import BadInput
+
+if TYPE_CHECKING:
+    from node.learn.train import LearnResult
+    from node.settings import NodeSettings
 
 
 def learn(
@@ -58,6 +62,8 @@ def learn(
         max_seconds=settings.learn.max_seconds, max_memory_mb=max_memory_mb, threads=settings.learn.threads, seed=seed,
         progress=lambda step: stderr.print(f"{step.share:4.0%}  loss {step.loss:.3f}", highlight=False) if step.step % 20 == 0 else None,
     )  # fmt: skip
+    if result.stored and settings.broker.host:
+        report(settings, result)
     if as_json:
         print_json(result)
         return
@@ -65,9 +71,25 @@ def learn(
     typer.echo(f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} nats a token in {result.seconds:.0f} s; {told}")
 
 
+def report(settings: "NodeSettings", result: "LearnResult") -> None:
+    """Queue the event "adapter-trained" for the coordinator; the daemon sends it. Figures only."""
+    from node.escalation.reporting import Reporter
+    from node.store import Store
+    from protocol.outbox import Outbox
+
+    figures = {"release": result.release, "examples": result.examples, "loss_before": result.loss_before, "loss_after": result.loss_after}
+    store = Store(settings.state_dir / "node.db")
+    try:
+        reporter = Reporter(settings.node.name, Outbox(store.engine), engine=store.engine)
+        with store.transaction() as session:
+            reporter.report(session, "adapter-trained", figures)
+    finally:
+        store.close()
+
+
 def sync(
     superlink: str | None = typer.Option(None, help="HOST:PORT of the coordinator's SuperLink."),
-    window: float = typer.Option(120.0, min=1.0, help="Seconds the window stays open; it ends sooner once the adapter has arrived."),
+    window: float | None = typer.Option(None, min=1.0, help="Seconds the window stays open; it ends sooner once the adapter has arrived."),
     stay: bool = typer.Option(False, "--stay", help="Keep it open to the end, adapter or not."),
     fleet_token_file: Path | None = typer.Option(None, help="The SuperLink's fleet.token, brought here by hand."),
     config: Path | None = typer.Option(None, help="The node's TOML file."),
@@ -87,9 +109,12 @@ def sync(
     from node import settings as node_settings
     from node.learn.sync import sync as open_window
 
-    settings, _ = node_settings.read(
-        config, flags={"node.state_dir": str(state_dir) if state_dir else None, "learn.superlink": superlink}
-    )  # fmt: skip
+    flags: dict[str, Any] = {
+        "node.state_dir": str(state_dir) if state_dir else None, "learn.superlink": superlink, "learn.window_s": window,
+        "learn.fleet_token_file": str(fleet_token_file) if fleet_token_file else None,
+    }  # fmt: skip
+    settings, _ = node_settings.read(config, flags=flags)
+    token_file = Path(settings.learn.fleet_token_file).expanduser() if settings.learn.fleet_token_file else None
     address = settings.learn.superlink
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
@@ -103,7 +128,7 @@ def sync(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     result = open_window(
-        settings.state_dir, settings.site, address, window_s=window, fleet_token=read_token(fleet_token_file), stay=stay,
+        settings.state_dir, settings.site, address, window_s=settings.learn.window_s, fleet_token=read_token(token_file), stay=stay,
         stop=lambda: told_to_end, on_progress=lambda text: stderr.print(text, highlight=False),
     )  # fmt: skip
     if as_json:
