@@ -5,6 +5,7 @@
 Rules:
  * Nothing is sent here: the outbox hands over, repeats and expires. The reply is the question's acknowledgement.
  * Peers in the configured order, those that seem awake first. `votes` of them are asked; one that declines is replaced by the next.
+   Once the first has answered, the others have `patience` seconds: a peer that sleeps delays nothing for long.
  * A reply must come from a peer that was asked, over that peer's own topic, and name the digest of this very prompt.
  * Every reply is stored before it is acted on and acting twice is harmless, so a kill between any two steps loses nothing.
  * When time runs out, whoever has replied decides; nobody: the local answer stands (`Answering.expire` says so to the site).
@@ -32,6 +33,8 @@ from protocol.tasks import task_named
 
 DEADLINE_S = 3_600.0  # seconds a question waits for its reply
 MARGIN_S = 2.0  # seconds before the deadline at which those who have replied decide; at most a tenth of the whole wait
+VOTES = 3  # peers asked at once, where so many are configured
+PATIENCE_S = 30.0  # seconds the others have once the first has answered
 
 BUSY = "busy"  # Reply.refused of a peer whose queue is full
 
@@ -63,6 +66,7 @@ class Asker:
         apply: called with the reply that stands, outside any transaction; returns "refused" when the answer cannot be used
             (then the next peer is asked), anything else when it is settled. Must take the same reply twice: `Answering.apply`.
         votes: how many peers are asked at once; with more than one, `consensus` decides.
+        patience: seconds.
     """
 
     def __init__(
@@ -75,7 +79,8 @@ class Asker:
         presence: Presence,
         reporter: Reporter,
         apply: Callable[[Reply], str] | None = None,
-        votes: int = 1,
+        votes: int = VOTES,
+        patience: float = PATIENCE_S,
         deadline_s: float = DEADLINE_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -86,7 +91,8 @@ class Asker:
             raise BadInput(f"node {node!r} is named among its own peers; take it out of [peers] ask")
         self.outbox, self.engine, self.presence, self.reporter = outbox, engine, presence, reporter
         self.apply = apply
-        self.votes, self.deadline_s, self.clock = min(votes, len(self.peers)), deadline_s, clock
+        self.votes, self.patience = min(votes, len(self.peers)), patience
+        self.deadline_s, self.clock = deadline_s, clock
         metadata.create_all(engine)
 
     def ask(self, session: Executes, question: Question) -> None:
@@ -140,6 +146,9 @@ class Asker:
                     .values(reply=encode(reply), declined=bool(reply.refused))
                 )
                 self.outbox.settle(connection, _row_id(reply.question, reply.peer))
+                if not reply.refused:
+                    soon = min(question.decide, self.clock() + self.patience)
+                    connection.execute(sa.update(questions).where(questions.c.id == reply.question).values(decide=soon))
         self.decide(reply.question)
 
     def decide(self, question: str) -> None:

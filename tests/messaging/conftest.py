@@ -41,10 +41,14 @@ def database(tmp_path: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Broker]:
+def mosquitto() -> None:
+    """Skip where it is not installed; in CI, fail."""
     if find_mosquitto() is None:
-        reason = "mosquitto is not installed: apt install mosquitto"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("mosquitto is not installed: apt install mosquitto")
+
+
+@pytest.fixture
+def broker(tmp_path: Path, mosquitto: None) -> Iterator[Broker]:
     with Broker(tmp_path / "broker", port=free_port(), users=PASSWORDS, program="mosquitto") as running:
         yield running
 

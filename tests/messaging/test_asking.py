@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from node.escalation.asking import BUSY, Asker
+from node.escalation.asking import BUSY, PATIENCE_S, Asker
 from node.escalation.presence import Presence
 from node.escalation.reporting import Reporter
 from protocol import topics
@@ -179,6 +179,20 @@ def test_with_several_votes_the_majority_is_applied_once(database):
 
     assert [reply.text for reply in site.applied] == ["normal: y"]
     assert site.asker.open == 0
+
+
+def test_a_peer_that_sleeps_delays_the_others_vote_by_no_more_than_the_patience(database):
+    site = Site(database, peers=("base", "ridge"), votes=2)
+    site.ask()
+    site.hears("ridge", "normal: y")
+    site.clock.now += PATIENCE_S - 1
+    site.asker.sweep()
+    assert site.applied == []
+
+    site.clock.now += 2
+    site.asker.sweep()
+
+    assert [reply.peer for reply in site.applied] == ["ridge"]
 
 
 def test_when_time_runs_out_those_who_replied_decide(database):

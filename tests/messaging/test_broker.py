@@ -5,7 +5,7 @@ from pathlib import PurePosixPath as Path
 
 import pytest
 
-from deploy.broker import Broker, Tls, find_mosquitto, mosquitto_access, mosquitto_conf, password_line, prepare
+from deploy.broker import Broker, Tls, mosquitto_access, mosquitto_conf, password_line, prepare
 from deploy.processes import free_port
 from protocol import topics
 from protocol.errors import BadInput, NotEnough, PortInUse, Unavailable
@@ -53,9 +53,8 @@ def _matches(pattern: str, topic: str) -> bool:
     return all(p in ("+", t) for p, t in zip(pattern.split("/"), topic.split("/"), strict=False)) and pattern.count("/") == topic.count("/")
 
 
-def test_no_plain_password_is_on_disk(tmp_path):
-    if find_mosquitto() is None:
-        pytest.skip("mosquitto is not installed: apt install mosquitto")
+@pytest.mark.broker
+def test_no_plain_password_is_on_disk(tmp_path, mosquitto):
     prepare(tmp_path, port=free_port(), users={"esteli": "open-sesame"}, program="mosquitto")
 
     assert all(b"open-sesame" not in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from deploy.broker import Broker, Tls, find_mosquitto
+from deploy.broker import Broker, Tls
 from deploy.processes import free_port
 from protocol import topics
 from protocol.errors import BadInput
@@ -67,9 +67,7 @@ def ours(tmp_path):
 
 
 @pytest.fixture
-def tls_broker(tmp_path, ours):
-    if find_mosquitto() is None:
-        pytest.skip("mosquitto is not installed: apt install mosquitto")
+def tls_broker(tmp_path, ours, mosquitto):
     with Broker(tmp_path / "broker", port=free_port(), users={}, tls=Tls(ours.ca, *ours.issue("broker"))) as running:
         yield running
 
