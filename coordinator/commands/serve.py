@@ -32,6 +32,7 @@ def serve(
     flags = {"store.dir": str(store) if store is not None else None, "web.port": port, "web.host": host}
     settings, _ = load_settings(config, flags=flags)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # its plugins announce themselves at every start
     from coordinator.web import run
 
     run(settings, ready=lambda address: stderr.print(f"dashboard: {address}", highlight=False))

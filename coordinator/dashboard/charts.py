@@ -14,7 +14,7 @@ import msgspec
 from coordinator.dashboard.views import Point, Series
 
 WIDTH, HEIGHT = 300.0, 72.0  # of the small chart's viewBox; stretched to its column
-PLOT, LEFT, RIGHT, TOP, BOTTOM = 320.0, 40.0, 12.0, 12.0, 34.0  # of the square plots
+PLOT, LEFT, RIGHT, TOP, BOTTOM = 320.0, 34.0, 18.0, 12.0, 34.0  # of the square plots
 
 
 class Hairline(msgspec.Struct, frozen=True):
@@ -134,7 +134,8 @@ def plot(
         Dot(x(a), y(b), r, words, y(lower) if lower is not None else None, y(upper) if upper is not None else None)
         for a, b, r, words, lower, upper in dots
     )
-    steps = [low + (1 - low) * number / 4 for number in range(5)]
+    step = 0.1 if low >= 0.5 else 0.25 if low == 0 else 0.2
+    steps = [value for value in (low + number * step for number in range(9)) if value <= 1.0001]
     return Plot(drawn, placed, tuple((x(v / 4), f"{v * 25}%") for v in range(5)), tuple((y(v), f"{100 * v:.0f}%") for v in steps))
 
 

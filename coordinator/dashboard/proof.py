@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from coordinator.dashboard.charts import Bar, Plot, bar, finite, plot
+from coordinator.dashboard.views import wilson
 from coordinator.dashboard.words import NO_VALUE, THIN, Words
 from coordinator.fleet.ledger import PublishedRelease
 
@@ -22,7 +23,7 @@ class Row(msgspec.Struct, frozen=True):
     """One model on one set."""
 
     name: str
-    release: int  # 0: this one
+    where: str  # of a row that is not this release's: which it is, or when it was measured
     before: bool
     bar: Bar
     told: str
@@ -91,12 +92,10 @@ class Curve(msgspec.Struct, frozen=True):
 class Step(msgspec.Struct, frozen=True):
     """One step of a lineage."""
 
-    kind: str
+    what: str  # "teacher", or the step's note
     name: str
     size: int = 0
     digest: str = ""
-    detail: str = ""
-    href: str = ""
 
 
 def sets_of(evidence: Any) -> dict[str, dict[str, Any]]:
@@ -141,17 +140,23 @@ def summary(release: PublishedRelease, words: Words) -> tuple[Quality | None, st
     return None, ""
 
 
-def proof(release: PublishedRelease, before: PublishedRelease | None, words: Words) -> Proof | None:
-    """A release's bundle beside the one it was judged against; None when there is nothing to show."""
-    sets, earlier = sets_of(release.evidence), sets_of(before.evidence if before else None)
+def proof(
+    release: PublishedRelease, before: PublishedRelease | None, words: Words, *, earlier: Sequence[PublishedRelease] = ()
+) -> Proof | None:
+    """A release's bundle beside the one it was judged against; None when there is nothing to show.
+
+    Args:
+        earlier: where to look for the teacher's figures when this bundle, of a round, has none.
+    """
+    sets, then = sets_of(release.evidence), sets_of(before.evidence if before else None)
     shown, metric, signatures = [], "", []
     for name, found in sets.items():
-        rows = _rows(found, earlier.get(name, {}), before, words)
+        rows = _rows(name, found, then.get(name, {}), before, words, earlier)
         if not rows:
             continue
         first = quality_of(figures_of(found, "student")) or quality_of(figures_of(found, "teacher"))
         metric = metric or (first[0] if first else "")
-        categories, compared = _categories(found, earlier.get(name, {}), words)
+        categories, compared = _categories(found, then.get(name, {}), words)
         baselines = found.get("baselines")
         shown.append(
             Set(
@@ -179,22 +184,17 @@ def lineage(release: PublishedRelease, words: Words) -> tuple[Step, ...]:
     told = release.evidence.get("lineage") if isinstance(release.evidence, Mapping) else None
     steps: list[Step] = []
     manifest = release.manifest
-    if manifest.previous:
-        detail = words.text("lineage.judged-against")
-        steps.append(
-            Step("before", words.text("release-n", number=manifest.previous), detail=detail, href=f"/releases/{manifest.previous}")
-        )
     if isinstance(told, list) and told:
         for one in told[:12]:
             if isinstance(one, Mapping) and one.get("name"):
                 size = int((finite(one.get("file_mb")) or 0.0) * MIB)
-                steps.append(Step("step", _text(one["name"]), size, _text(one.get("digest")), _text(one.get("note"))))
+                steps.append(Step(_text(one.get("note")), _text(one["name"]), size, _text(one.get("digest"))))
     else:
         for role, kind in (("teacher", "model"), ("student", "model"), ("student", "adapter"), ("student", "calibration")):
             file = manifest.file(role, kind)  # type: ignore[arg-type]
             if file is not None:
-                steps.append(Step(role if kind == "model" else kind, file.name, file.size, file.digest))
-    steps.append(Step("this", words.text("release-n", number=release.number), digest=release.digest))
+                steps.append(Step(words.text(f"lineage.{role if kind == 'model' else kind}"), file.name, file.size, file.digest))
+    steps.append(Step(words.text("lineage.this"), words.text("release-n", number=release.number), digest=release.digest))
     return tuple(steps)
 
 
@@ -219,7 +219,7 @@ def deferral(release: PublishedRelease | None, asked: float | None, words: Words
         if asked is not None:
             told = f"{told} {words.text('escalations.really', share=words.percent(asked))}".strip()
         straight = ("", (curve[0], curve[-1]), True)
-        low = max(0.0, (min(value for _, value in curve) * 20 // 1 - 1) / 20)
+        low = int(min(value for _, value in curve) * 10) / 10
         return Curve(
             plot([straight, (words.text("escalations.curve"), curve, False)], dots, low=low), words.text(f"metric.{mine[0]}"), told
         )
@@ -233,8 +233,6 @@ def calibration(release: PublishedRelease | None, words: Words) -> Curve | None:
         bins = known.get("reliability") if isinstance(known, Mapping) else None
         if not isinstance(known, Mapping) or not isinstance(bins, list):
             continue
-        from coordinator.dashboard.views import wilson
-
         dots = []
         counted = [one for one in bins if isinstance(one, Mapping) and (finite(one.get("count")) or 0) > 0]
         most = max((finite(one.get("count")) or 0.0 for one in counted), default=0.0)
@@ -261,21 +259,47 @@ def calibration(release: PublishedRelease | None, words: Words) -> Curve | None:
     return None
 
 
-def _rows(found: Mapping[str, Any], earlier: Mapping[str, Any], before: PublishedRelease | None, words: Words) -> tuple[Row, ...]:
+def _rows(
+    name: str, found: Mapping[str, Any], then: Mapping[str, Any], before: PublishedRelease | None, words: Words,
+    earlier: Sequence[PublishedRelease],
+) -> tuple[Row, ...]:  # fmt: skip
+    """Teacher, student, the student before, then the others. A round's bundle has the release before under "release-N", on the same
+    records: then that is the row, and the older bundle is not needed."""
     models = found.get("models")
-    names = [str(name) for name in models] if isinstance(models, Mapping) else []
-    ordered = [name for name in ORDER if name in names] + sorted(name for name in names if name not in ORDER)
+    names = [str(model) for model in models] if isinstance(models, Mapping) else []
+    judged = f"release-{before.number}" if before is not None else ""
     teacher = quality_of(figures_of(found, "teacher"))
     rows: list[Row] = []
-    for name in ordered:
-        figures = figures_of(found, name)
-        rows += _row(name, figures, teacher if name != "teacher" else None, words)
-        if name == "student" and before is not None:
-            rows += _row(name, figures_of(earlier, name), quality_of(figures_of(earlier, "teacher")), words, before=before.number)
+    if "teacher" not in names:
+        for one in sorted(earlier, key=lambda kept: -kept.number):
+            if figures := figures_of(sets_of(one.evidence).get(name, {}), "teacher"):
+                rows += _row("teacher", figures, None, words, where=words.text("model.measured-then", number=one.number))
+                break
+    for model in [known for known in ORDER if known in names] + sorted(known for known in names if known not in ORDER):
+        if model == judged:
+            continue
+        rows += _row(model, figures_of(found, model), teacher if model != "teacher" else None, words)
+        if model == "student" and before is not None:
+            where = words.text("release-n", number=before.number)
+            if judged in names:
+                same = f"{where}, {words.text('model.same-records')}"
+                rows += _row("student", figures_of(found, judged), teacher, words, where=same, before=True)
+            else:
+                rows += _row(
+                    "student", figures_of(then, "student"), quality_of(figures_of(then, "teacher")), words, where=where, before=True
+                )
     return tuple(rows)
 
 
-def _row(name: str, figures: Mapping[str, Any], teacher: tuple[str, float, Any, Any] | None, words: Words, *, before: int = 0) -> list[Row]:
+def _row(
+    name: str,
+    figures: Mapping[str, Any],
+    teacher: tuple[str, float, Any, Any] | None,
+    words: Words,
+    *,
+    where: str = "",
+    before: bool = False,
+) -> list[Row]:
     quality = quality_of(figures)
     if quality is None:
         return []
@@ -290,7 +314,7 @@ def _row(name: str, figures: Mapping[str, Any], teacher: tuple[str, float, Any, 
     key = f"model.{name}"
     return [
         Row(
-            name=words.text(key) if words.known(key) else name, release=before, before=bool(before), bar=bar(value, low, high, top=1.0),
+            name=words.text(key) if words.known(key) else name, where=where, before=before, bar=bar(value, low, high, top=1.0),
             told=_told(words, metric, value), interval=interval, n=int(count) if count is not None else None,
             gap=words.signed(100 * (value - teacher[1])) if teacher and teacher[0] == metric else "",
             size=measure("file_mb", "MiB", 1), memory=measure("peak_rss_mb", "MiB", 0),
@@ -311,18 +335,26 @@ def _categories(found: Mapping[str, Any], earlier: Mapping[str, Any], words: Wor
             continue
         share = right / n
         other: float | None = None
+        others = n
         if compared == "before" and (old := was.get(str(row.get("code")))) is not None:
             known = finite(old.get("student"))
-            other = known / int(old["n"]) if known is not None else None
+            other, others = (known / int(old["n"]) if known is not None else None), int(old["n"])
         elif compared == "teacher" and (theirs := finite(row.get("teacher"))) is not None:
             other = theirs / n
         change = None if other is None else share - other
+        worse = other is not None and surely_less(share, n, other, others)
         rows.append(
             (change if change is not None else 0.0,
              Category(str(row.get("code")), bar(share, None, None, top=1.0), words.percent(share, 0), words.percent(other, 0),
-                      words.signed(100 * change, 0) if change is not None else NO_VALUE, change is not None and change < 0, n))
+                      words.signed(100 * change, 0) if change is not None else NO_VALUE, worse, n))
         )  # fmt: skip
     return tuple(category for _, category in sorted(rows, key=lambda pair: (pair[0], pair[1].name))), compared
+
+
+def surely_less(share: float, n: int, other: float, others: int) -> bool:
+    """Whether the 95% interval of the difference of two shares lies below zero (Newcombe 1998, method 10)."""
+    high, low = wilson(round(share * n), n)[1], wilson(round(other * others), others)[0]
+    return share - other + ((high - share) ** 2 + (other - low) ** 2) ** 0.5 < 0
 
 
 def _baselines(baselines: Mapping[str, Any], words: Words) -> list[tuple[str, str]]:

@@ -20,7 +20,6 @@ import msgspec
 from fastapi import APIRouter, FastAPI, Form, Query, Request
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, StreamingResponse
-from markupsafe import Markup
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
@@ -328,9 +327,11 @@ class Dashboard:
             this = kept[number]
             before = kept.get(str(this.manifest.previous))
             found = views.all_nodes(self.ledger, now=words.now, silent_after_s=self.silent_after_s)
+            older = [one for one in kept.values() if one.number < this.number]
             return self._page(
-                request, session, words, "releases", "release.html", release=this, before=before, proof=proof.proof(this, before, words),
-                lineage=proof.lineage(this, words), on_release=sum(node.release == this.number for node in found), total=len(found),
+                request, session, words, "releases", "release.html", release=this, before=before, total=len(found),
+                proof=proof.proof(this, before, words, earlier=older), lineage=proof.lineage(this, words),
+                on_release=sum(node.release == this.number for node in found),
             )  # fmt: skip
 
         @router.get("/rounds")
@@ -488,12 +489,13 @@ def _spoken(words: Words, values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: words.clock(value) if key == "since" else value for key, value in values.items()}
 
 
-def _outcome(words: Words, found: views.Round) -> str | Markup:
+def _outcome(words: Words, found: views.Round) -> str:
     if found.closed is None:
         return words.text("outcome.overdue" if words.now > found.deadline else "outcome.open")
     if found.published:
         return words.text("outcome.released", number=found.published)
-    return words.text("outcome.kept") if found.reasons or found.changes else found.decision or words.text("outcome.closed")
+    key = f"outcome.{found.decision.replace(' ', '-')}"
+    return words.text(key) if words.known(key) else found.decision or words.text("outcome.closed")
 
 
 def _happened(words: Words, line: views.Happened) -> str:
@@ -510,6 +512,7 @@ def _happened(words: Words, line: views.Happened) -> str:
     return words.text(
         key, release=values.get("release", ""), number=figure("number"), reason=values.get("reason", ""), round=values.get("round", ""),
         peer=values.get("peer") or words.text("happened.some-peer"), outcome=words.text(state) if words.known(state) else "",
-        count=figure("count"), escalated=figure("escalated"), examples=figure("examples"), before=figure("loss_before", 2),
-        after=figure("loss_after", 2),
+        answered=figure("answered"), since=words.clock(int(values.get("since") or 0)), upgraded=figure("upgraded"),
+        confirmed=figure("confirmed"), count=figure("count"), escalated=figure("escalated"), examples=figure("examples"),
+        before=figure("loss_before", 2), after=figure("loss_after", 2),
     )  # fmt: skip

@@ -27,7 +27,14 @@ BEHIND_S = 3_600  # a node that answers but has not taken a release for so long 
 
 Shown = Literal["answering", "asleep", "updating", "silent", "refused", "no-model", "stopped"]
 SHOWN: tuple[Shown, ...] = ("refused", "no-model", "silent", "stopped", "updating", "asleep", "answering")  # what needs eyes comes first
-SPANS = ((3_600, 120), (6 * 3_600, 600), (86_400, 1_800), (7 * 86_400, 6 * 3_600), (30 * 86_400, 86_400))  # seconds shown, seconds a step
+SPANS = (
+    (3_600, 120),
+    (6 * 3_600, 600),
+    (86_400, 1_800),
+    (7 * 86_400, 6 * 3_600),
+    (14 * 86_400, 43_200),
+    (30 * 86_400, 86_400),
+)  # seconds shown, seconds a step
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -113,7 +120,7 @@ class Happened(msgspec.Struct, frozen=True):
 
 
 class ReplyRow(msgspec.Struct, frozen=True):
-    """What one site sent to a round."""
+    """What one site sent to a round. Without a digest it sent no adapter, and `reason` says why."""
 
     node: str
     accepted: bool
@@ -161,8 +168,13 @@ class Round(msgspec.Struct, frozen=True):
 
     @property
     def refused(self) -> tuple[ReplyRow, ...]:
-        """Replies that were turned away."""
-        return tuple(reply for reply in self.replies if not reply.accepted)
+        """Adapters that were turned away."""
+        return tuple(reply for reply in self.replies if not reply.accepted and reply.digest)
+
+    @property
+    def without(self) -> tuple[ReplyRow, ...]:
+        """Answered, but had no adapter, or did not answer in time."""
+        return tuple(reply for reply in self.replies if not reply.accepted and not reply.digest)
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -306,7 +318,34 @@ def timeline(ledger: Ledger, name: str) -> tuple[Happened, ...]:
         for row in connection.execute(sent):
             kind = "round-accepted" if row.accepted else "round-refused"
             lines.append(Happened(row.received, kind, {"round": row.round, "reason": row.reason}, "" if row.accepted else "amber"))
-    return tuple(sorted(lines, key=lambda line: line.at, reverse=True)[:LIST_LIMIT])
+    return _folded(sorted(lines, key=lambda line: line.at, reverse=True)[:LIST_LIMIT])
+
+
+def _folded(lines: Sequence[Happened]) -> tuple[Happened, ...]:
+    """Newest first, with each stretch of everyday work (answers, questions that were answered) as one line."""
+    found: list[Happened] = []
+    work: list[Happened] = []
+
+    def fold() -> None:
+        if len(work) > 2:
+            told = {"answered": 0.0, "upgraded": 0.0, "confirmed": 0.0, "since": work[-1].at}
+            for line in work:
+                told["answered"] += line.values.get("count", 0.0) if line.kind == "answers" else 0.0
+                if line.kind == "escalation" and line.values.get("state") in ("upgraded", "confirmed"):
+                    told[line.values["state"]] += 1
+            found.append(Happened(work[0].at, "worked", told))
+        else:
+            found.extend(work)
+        work.clear()
+
+    for line in lines:
+        if line.kind in ("answers", "escalation") and not line.level:
+            work.append(line)
+        else:
+            fold()
+            found.append(line)
+    fold()
+    return tuple(found)
 
 
 def all_rounds(ledger: Ledger) -> tuple[Round, ...]:
@@ -346,7 +385,7 @@ def escalations(ledger: Ledger, *, now: int, silent_after_s: int) -> Escalations
         for name, took in connection.execute(recent):
             if name and took is not None:
                 seconds[name].append(took)
-        late = sa.select(events).where(asked_here, state.in_(("expired", "refused"))).order_by(events.c.number.desc()).limit(50)
+        late = sa.select(events).where(asked_here, state.in_(("expired", "refused"))).order_by(events.c.received.desc()).limit(50)
         unanswered = tuple(
             Escalation(row.node, row.detail.get("peer", ""), row.detail["state"], row.figures.get("confidence"), row.received,
                        row.detail.get("reason", ""))
@@ -457,7 +496,7 @@ def _needs(ledger: Ledger, found: Sequence[Node], latest: PublishedRelease | Non
     if total >= 10 and expired / total > EXPIRED_SHARE:
         needs.append(Need("expired", "amber", "/escalations", "see-peers", {"count": expired, "total": total}))
     if turned_away:
-        needs.append(Need("messages-refused", "amber", "/audit#refused", "see-messages", {"count": turned_away}))
+        needs.append(Need("messages-refused", "amber", "/audit#refused", "see-messages", {"count": turned_away, "n": turned_away}))
     broken = ledger.broken_audit()
     if broken is not None:
         needs.append(Need("audit-broken", "red", "/audit", "see-audit", {"row": broken}))

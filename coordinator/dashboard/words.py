@@ -115,6 +115,16 @@ class Words(msgspec.Struct, frozen=True):
         today = self._local(self.now)
         return told if today is not None and when.date() == today.date() else f"{self.day(when.date())}, {told}"
 
+    def date_of(self, at: int) -> str:
+        """The day alone."""
+        when = self._local(at)
+        return NO_VALUE if when is None else self.day(when.date())
+
+    def last(self, seconds: int) -> str:
+        """ "Last 30 days", "Last hour": the heading of what charts show."""
+        unit, scale = ("days", 86_400) if seconds >= 2 * 86_400 else ("hours", 3_600)
+        return self.text(f"last-{unit}", n=seconds // scale, count=seconds // scale)
+
     def time(self, at: int) -> str:
         """Day, hour and zone."""
         when = self._local(at)
