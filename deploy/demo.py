@@ -32,13 +32,14 @@ from rich.table import Table
 
 from deploy.fleet import PEER, SITES, LocalFleet
 from deploy.processes import Processes
-from deploy.season import Asked, Site, figures
+from deploy.season import EQUAL_BUDGET, Asked, Site, figures
 from protocol import codec
 from protocol.blobs import write_atomically
 from protocol.console import progress_bar, stderr
 from protocol.errors import BadInput, MilpaError, NotEnough, Unavailable
 from protocol.tasks import RANCH, Record
 
+RANK = 8  # of a site's adapter; the merge of two has rank 16
 NEED_FREE_MB = 4_096  # of disk: models, checkpoints and a fleet take about 2.5 GB
 DISTIL_DEADLINE_S = 3_600.0
 LEARN_DEADLINE_S = 900.0
@@ -107,7 +108,7 @@ class Demo:
         records = self._records()
         made = self._distil(records)
         proof = self._prove(records, made)
-        self._release(made, proof)
+        self._release(records, made, proof)
         self._bring_up()
         nodes = {name: Site(name, self.fleet.node_url(name)) for name in self.sites}
         self._first_season(nodes, records)
@@ -147,13 +148,14 @@ class Demo:
                 "--work", str(self.work), "--out", str(self.run_dir / "models"), "--budget", self.size.budget, "--seed", str(self.seed),
                 "--json",
             ]  # fmt: skip
+            begun = time.monotonic()
             made = self._json_of(command, deadline_s=DISTIL_DEADLINE_S)
-            stage.cached = bool(made.get("cached"))
+            stage.cached = stage_is_old(made["lineage"], time.monotonic() - begun)
         return made
 
     def _prove(self, records: Mapping[str, list[Record]], made: Mapping[str, Any]) -> dict[str, Any]:
         from coordinator.forge import calibrate, evidence
-        from coordinator.forge.evaluation import evaluate, evaluate_texts
+        from coordinator.forge.evaluation import evaluate
         from coordinator.ranch import baselines
 
         teacher, student = Path(made["teacher"]), Path(made["student"])
@@ -166,10 +168,8 @@ class Demo:
             models = {
                 "teacher": judged("teacher (GGUF)", teacher, records["test"]),
                 "student": judged("student (GGUF)", student, records["test"]),
+                "student_float": judged("student (float)", Path(made["student_float"]), records["test"]),
             }
-            if made.get("float_answers"):
-                texts = msgspec.json.decode(Path(made["float_answers"]).read_bytes(), type=list[str])
-                models["student_float"] = evaluate_texts(texts, records["test"], RANCH, name="student (float)", seed=self.seed)
             dev = judged("calibration", student, records["dev"])
             calibration = calibrate.fit(dev, seed=self.seed)
             line = bar.add_task("  baselines", total=None)
@@ -177,15 +177,16 @@ class Demo:
             bar.update(line, total=1, completed=1)
         bundle = evidence.bundle(
             release=1, task="ranch", sets={"general": models}, baselines={"general": simple}, calibration=calibration, seed=self.seed,
-            command=f"milpa-fleet demo --seed {self.seed}", lineage=made.get("lineage", ()), machine=evidence.machine(),
+            command=f"milpa-fleet demo --seed {self.seed}", lineage=made["lineage"], machine=evidence.machine(),
             commit=evidence.commit(),
             not_tested=NOT_TESTED, created=int(time.time()),
         )  # fmt: skip
         return {"bundle": bundle, "models": models, "calibration": calibration, "baselines": simple, "dev": dev}
 
-    def _release(self, made: Mapping[str, Any], proof: Mapping[str, Any]) -> None:
+    def _release(self, records: Mapping[str, list[Record]], made: Mapping[str, Any], proof: Mapping[str, Any]) -> None:
+        from coordinator.federation.round import known_answers
         from coordinator.fleet.publishing import build_release
-        from protocol.releases import Kind, KnownAnswer, Role
+        from protocol.releases import Kind, Role
 
         with self._stage("sign and publish release 1"):
             self.fleet.prepare(sites=self.sites, peer=PEER, web_port=self.web_port)
@@ -195,15 +196,15 @@ class Demo:
             student = proof["models"]["student"]
             files: list[tuple[Role, Kind, Path, str]] = [
                 ("student", "model", Path(made["student"]), ""),
-                ("student", "initial-adapter", Path(made["initial_adapter"]), student.model_digest),
+                ("student", "initial-adapter", self._initial_adapter(Path(made["student"])), student.model_digest),
                 ("student", "calibration", calibration, student.model_digest),
                 ("student", "evidence", evidence, ""),
                 ("teacher", "model", Path(made["teacher"]), ""),
             ]
-            known = [KnownAnswer(prompt=row["prompt"], text=row["text"]) for row in made.get("known_answers", ())]
             release, paths = build_release(
-                1, "ranch", files, note="distilled on the general corpus", known_answers=known, min_memory_mb=int(student.peak_rss_mb) + 1
-            )
+                1, "ranch", files, note="distilled on the general corpus", min_memory_mb=int(student.peak_rss_mb) + 1,
+                known_answers=known_answers(RANCH, records["dev"], proof["dev"]),
+            )  # fmt: skip
             self.fleet.publisher().publish(release, paths)
 
     def _bring_up(self) -> None:
@@ -241,8 +242,8 @@ class Demo:
             window.start()
             command = [
                 sys.executable, "-m", "coordinator.cli", "round", "--store", str(self.fleet.store),
-                "--superlink", f"127.0.0.1:{self.fleet.plan.superlink_port}", "--superlink-state", str(self.fleet.folder / "superlink"),
-                "--nodes", str(len(self.sites)), "--deadline", "180", "--seed", str(self.seed), "--json",
+                "--superlink", f"127.0.0.1:{self.fleet.plan.superlink_port}", "--superlink-keys", str(self.fleet.folder / "superlink"),
+                "--deadline", "120", "--eta", f"1,{len(self.sites)}", "--seed", str(self.seed), "--json",
                 "--dev", f"general={self._record_file('dev')}", "--heldout", f"general={self._record_file('test')}",
             ]  # fmt: skip
             for name in self.sites:
@@ -297,18 +298,29 @@ class Demo:
             "round": merged,
             "stages": [msgspec.to_builtins(stage) for stage in self.stages],
             "evidence": proof["bundle"],
-            "lineage": made.get("lineage", []),
-            "licence": made.get("licence", ""),
+            "lineage": made["lineage"],
             "machine": proof["bundle"]["machine"],
             "commit": proof["bundle"]["commit"],
             "dashboard_url": self.fleet.dashboard if self.keep else "",
-            "gate": merged.get("gate", {}),
+            "gate": {"release": bool(merged["release"]), "reasons": list(merged["reasons"])},
+            "budget": EQUAL_BUDGET,
+            "created": int(time.time()),
+            "command": f"milpa-fleet demo --seed {self.seed}",
             "not_tested": list(NOT_TESTED),
         }
         write_atomically(self.run_dir / "report.html", run_page(result).encode())
         result["report"] = str(self.run_dir / "report.html")
         write_atomically(self.run_dir / "result.json", msgspec.json.format(msgspec.json.encode(result)))
         return result
+
+    def _initial_adapter(self, student: Path) -> Path:
+        """What every site starts its LoRA from: independent starts could not be merged."""
+        from protocol.models.checkpoint import Checkpoint
+        from protocol.models.lora import initial_adapter, write_adapter_gguf
+
+        path = self.run_dir / "models" / "initial-adapter.gguf"
+        write_adapter_gguf(path, *initial_adapter(Checkpoint.read(student), rank=RANK, alpha=2.0 * RANK, seed=self.seed))
+        return path
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
@@ -375,6 +387,11 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
     write_atomically(path, b"".join(codec.encode(record) + b"\n" for record in records))
 
 
+def stage_is_old(lineage: Mapping[str, Any], seconds: float) -> bool:
+    """Whether training was taken from an earlier run: its stages tell of more seconds than this run took."""
+    return sum(float(lineage.get(stage, {}).get("seconds", 0.0)) for stage in ("correct", "capture", "distil")) > seconds
+
+
 def verdict_in_words(merged: Mapping[str, Any], paired: Mapping[str, float]) -> str:
     """What the run showed, in one sentence that claims no more than the interval."""
     low, high = 100 * paired["low"], 100 * paired["high"]
@@ -389,7 +406,7 @@ def verdict_in_words(merged: Mapping[str, Any], paired: Mapping[str, float]) -> 
 def table(result: Mapping[str, Any]) -> Table:
     """The table a person sees at the end."""
     found = Table(title=str(result["verdict"]), title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in ("site", "release", "accuracy (95%)", "escalated", "with escalation", f"at {20}% budget", "p50 ms"):
+    for column in ("site", "release", "accuracy (95%)", "escalated", "with escalation", f"at {EQUAL_BUDGET:.0%} budget", "p50 ms"):
         found.add_column(column, justify="left" if column in ("site", "release") else "right")
     for name, site in result["sites"].items():
         for when, release in (("before", result["releases"][0]), ("after", result["releases"][-1])):
