@@ -62,6 +62,7 @@ class Daemon:
         self.started = clock()
         self.metrics = Metrics()
         self.updated = Outcome("current")  # how the last look for releases ended
+        self.failed = False  # a part died; the process must not pretend to live
         self._why = "starting"  # why there is no model
         self._candidate: Speaker | None = None  # passed its self-test, not yet live
         self._stop = threading.Event()
@@ -102,7 +103,17 @@ class Daemon:
             self.server = Server(app, listener)
         except BaseException:
             listener.close()
+            if self._lock_file:
+                self._lock_file.close()
             raise
+        try:
+            self._serve(root)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _serve(self, root: bytes) -> None:
+        settings, state = self.settings, self.settings.state_dir
         self._gauges()
         self.worker.start()
         self.server.start()
@@ -261,6 +272,11 @@ class Daemon:
         """Deadlines of questions, pruning, a summary for the coordinator."""
         limits, next_prune, next_summary = self.settings.limits, 0.0, time.monotonic() + SUMMARY_S
         while not self._stop.wait(SWEEP_S):
+            if not (self.worker.alive and self.server.alive):
+                log.critical("a thread died that must not; the process ends so that its supervisor starts it again")
+                self.failed = True
+                self._stop.set()
+                return
             try:
                 if self.messaging:
                     self.messaging.sweep()
@@ -363,3 +379,5 @@ def run(settings: NodeSettings) -> None:
         daemon.wait()
     finally:
         daemon.stop()
+    if daemon.failed:
+        raise Unavailable("a part of the node died; see the log above, and start it again")

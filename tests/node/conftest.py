@@ -169,7 +169,7 @@ def start() -> Iterator[Callable[[NodeSettings], Daemon]]:
 
     yield begin
     for daemon in running:
-        if not daemon.wait(0):
+        if daemon.failed or not daemon.wait(0):
             daemon.stop()
 
 

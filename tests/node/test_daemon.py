@@ -16,7 +16,7 @@ import pytest
 from node.app import Daemon
 from node.client import read_run_file
 from node.engine.worker import Speaker
-from protocol.errors import PortInUse, Unavailable
+from protocol.errors import BadInput, PortInUse, Unavailable
 from tests.node.conftest import DEADLINE_S, ENVIRONMENT, ROOT, ask, eventually, free_port, publish, settings
 from tests.node.fake_engine import FakeEngine
 
@@ -150,6 +150,26 @@ def test_a_peer_upgrades_an_unsure_answer_over_a_real_broker(start: Any, tmp_pat
 def _upgraded(url: str, answer: str) -> dict[str, Any] | None:
     stored: dict[str, Any] = httpx.get(f"{url}/v1/answers/{answer}").json()
     return None if stored["provisional"] else stored
+
+
+@pytest.mark.parametrize("given", ["missing.gguf", "a-list.txt"])
+def test_a_fixed_model_that_does_not_load_stops_the_start_and_leaves_nothing_running(start: Any, tmp_path: Path, given: str) -> None:
+    (tmp_path / "a-list.txt").write_text("milk, nails, seed")
+    broken = settings(tmp_path, model__path=str(tmp_path / given))
+
+    with pytest.raises(BadInput, match=given):
+        Daemon(broken).start()
+
+    assert not (tmp_path / "state" / "run.json").exists()
+    start(settings(tmp_path))  # the lock is free again
+
+
+def test_a_node_whose_engine_thread_died_does_not_pretend_to_live(start: Any, tmp_path: Path) -> None:
+    daemon = start(settings(tmp_path))
+    daemon.worker._stopping.set()  # as a defect in the thread would
+    daemon.worker._jobs.put(None)
+
+    assert daemon.wait(DEADLINE_S) and daemon.failed
 
 
 # ---- as a process
