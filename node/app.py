@@ -25,6 +25,7 @@ from typing import Any
 
 import msgspec
 from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
 
 from node.answering import Answering
 from node.api import routes
@@ -46,7 +47,8 @@ from protocol.messages import Status
 
 SWEEP_S = 1.0  # seconds between looks at deadlines
 PRUNE_S = 3600.0  # seconds between prunings
-SUMMARY_S = 300.0  # seconds between summaries to the coordinator; sooner with a faster heartbeat
+SUMMARY_S = 300.0  # seconds between summaries of answers to the coordinator, at most
+SUMMARY_HEARTBEATS = 4  # a faster heartbeat makes summaries faster too
 POLL_JITTER = 0.2  # polls come up to this share early, so that a fleet does not ask at once
 
 log = logging.getLogger("milpa.node")
@@ -270,7 +272,9 @@ class Daemon:
 
     def _sweep(self) -> None:
         """Deadlines of questions, pruning, a summary for the coordinator."""
-        limits, next_prune, next_summary = self.settings.limits, 0.0, time.monotonic() + SUMMARY_S
+        limits, next_prune = self.settings.limits, 0.0
+        every = min(SUMMARY_S, SUMMARY_HEARTBEATS * self.settings.broker.heartbeat_s)
+        next_summary = time.monotonic() + every
         while not self._stop.wait(SWEEP_S):
             if not (self.worker.alive and self.server.alive):
                 log.critical("a thread died that must not; the process ends so that its supervisor starts it again")
@@ -285,7 +289,7 @@ class Daemon:
                     next_prune = time.monotonic() + PRUNE_S
                     self.store.prune(answers=limits.answers, refused=limits.refused)
                 if self.messaging and time.monotonic() >= next_summary:
-                    next_summary = time.monotonic() + min(SUMMARY_S, 4 * self.settings.broker.heartbeat_s)
+                    next_summary = time.monotonic() + every
                     self._summarise()
             except Exception:  # a full disk: the next round tries again, and answers go on being given
                 log.exception("a sweep failed")
@@ -344,6 +348,10 @@ class Daemon:
         self._look.set()
         self.server.stop()
         if self.messaging:
+            try:
+                self._summarise()  # what was answered since the last summary leaves now, or at the next start
+            except SQLAlchemyError as error:
+                log.error("the last summary could not be written: %s", error)
             self.messaging.stop()
         for thread in self._threads:
             thread.join(10)

@@ -16,7 +16,10 @@ import pytest
 from node.app import Daemon
 from node.client import read_run_file
 from node.engine.worker import Speaker
+from node.store import open_database
+from protocol.codec import decode_message
 from protocol.errors import BadInput, PortInUse, Unavailable
+from protocol.outbox import Outbox
 from tests.node.conftest import DEADLINE_S, ENVIRONMENT, ROOT, ask, eventually, free_port, publish, settings
 from tests.node.fake_engine import FakeEngine
 
@@ -32,6 +35,20 @@ def test_a_node_boots_and_answers_while_broker_and_coordinator_are_away(start: A
     assert answer["provisional"] and answer["escalation"]
     assert httpx.get(daemon.server.url + "/readyz").status_code == 200
     assert (status["broker"]["connected"], status["broker"]["outbox"], status["answered"], status["escalated"]) == (False, 1, 1, 1)
+
+
+@pytest.mark.llama
+def test_a_stopping_node_leaves_a_summary_of_figures_for_the_coordinator(start: Any, tiny: Path, tmp_path: Path) -> None:
+    alone = settings(tmp_path, model__path=str(tiny), broker__host="127.0.0.1", broker__port=free_port())
+    daemon = start(alone)
+    ask(daemon.server.url, "a secret window")
+    daemon.stop()
+
+    left = [message.payload for message in Outbox(open_database(tmp_path / "state" / "node.db")).waiting() if message.kind == "event"]
+
+    assert [decode_message(payload).kind for payload in left] == ["answers"]
+    assert decode_message(left[0]).figures["count"] == 1.0
+    assert b"secret" not in left[0]
 
 
 def test_a_node_without_a_model_waits_and_says_what_for(start: Any, tmp_path: Path) -> None:
