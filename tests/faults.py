@@ -135,14 +135,13 @@ def _pump_up(client: socket.socket, server: socket.socket) -> None:
 
 
 def _end(end: socket.socket, *, reset: bool) -> None:
-    if reset:
-        try:
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        except OSError:
-            return  # closed by the other thread
-        end.close()  # with linger 0 this sends RST; a shutdown before it would send FIN
+    if not reset:
+        _close(end)
         return
-    _close(end)
+    with contextlib.suppress(OSError):  # closed by the other thread
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        end.shutdown(socket.SHUT_RD)  # wakes the other thread's recv, which would keep the socket open; SHUT_WR would send FIN
+    end.close()  # with linger 0 this sends RST
 
 
 def _close(end: socket.socket) -> None:

@@ -43,6 +43,10 @@ T = TypeVar("T")
 _log = logging.getLogger("milpa.update")
 
 
+class FailedHere(DoesNotFit):
+    """Signed, intact, and did not work on this node. It is remembered, and its event is sent with the memory."""
+
+
 class Outcome(msgspec.Struct, frozen=True):
     """How a check ended.
 
@@ -179,14 +183,11 @@ class Updater:
             release = self._newest(now)
             if release is None:
                 return Outcome("current")
-            failure = self.slots.failure(digest_value(release))
-            if failure is not None:
-                return Outcome("refused", reason=f"release {release.number} failed here before: {failure.reason}", error="DoesNotFit")
             self._download(release)
             journal = _Journal(release, "test")
-        elif self.slots.failure(digest_value(journal.release)) is not None:
+        elif (failure := self.slots.failure(digest_value(journal.release))) is not None:
             self._finish()  # it went back by itself while we were away
-            return Outcome("refused", reason=f"release {journal.release.number} went back", error="DoesNotFit")
+            raise FailedHere(f"release {journal.release.number} went back: {failure.reason}")
         if journal.stage == "test":
             journal = self._test(journal)
         return self._switch(journal.release)
@@ -199,7 +200,7 @@ class Updater:
             return None
         failure = self.slots.failure(news.digest)
         if failure is not None:
-            raise DoesNotFit(f"release {news.number} failed here before: {failure.reason}")
+            raise FailedHere(f"release {news.number} failed here before: {failure.reason}")
         self._step("manifest")
         release = self.trust.manifest(news)
         checked_fit(release, self.role, self.machine, task=self.task)
@@ -267,15 +268,15 @@ class Updater:
         self._finish()
         return Outcome("activated")
 
-    def _condemned(self, release: Release, reason: str) -> DoesNotFit:
+    def _condemned(self, release: Release, reason: str) -> FailedHere:
         """Remember that `release` does not hold here; return the error to raise."""
         self.slots.remember_failure(release, reason)
         self._step("condemned")
         self._finish()
         self._tell_failures()
-        return DoesNotFit(f"release {release.number} is refused: {reason}")
+        return FailedHere(f"release {release.number} is refused: {reason}")
 
-    def _gone_back(self, release: Release, reason: str) -> DoesNotFit:
+    def _gone_back(self, release: Release, reason: str) -> FailedHere:
         """Put the previous release back to work; return the error to raise."""
         previous = self.slots.go_back(reason)
         self._step("went-back")
@@ -286,7 +287,7 @@ class Updater:
                 _log.exception("release %d is live again by its pointer, but did not load; restart the node", previous.number)
         self._finish()
         self._tell_failures()
-        return DoesNotFit(f"release {release.number} is refused: {reason}")
+        return FailedHere(f"release {release.number} is refused: {reason}")
 
     def _finish(self, *, collect: bool = True) -> None:
         (self._folder / "journal.json").unlink(missing_ok=True)
@@ -308,8 +309,7 @@ class Updater:
             if outcome.state in ("current", "activated") and last.reason:
                 write_atomically(path, codec.encode(_Told()))
             return
-        newest = self.slots.failures()[-1:]
-        if outcome.reason == last.reason or any(failure.reason in outcome.reason for failure in newest):
+        if outcome.reason == last.reason or outcome.error == FailedHere.__name__:
             return
         self._emit("release-refused", {"number": float(self.trust.seen().number)}, {"reason": outcome.reason, "error": outcome.error})
         write_atomically(path, codec.encode(_Told(outcome.reason)))
