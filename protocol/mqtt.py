@@ -252,14 +252,19 @@ class Session:
         if client is None or not self._up.is_set():
             handed.set_exception(Unavailable(f"not connected to {self.host}:{self.port}: {self.problem}"))
             return handed
-        info = client.publish(topic, payload, qos=1, retain=retain, properties=properties)
+        try:
+            info = client.publish(topic, payload, qos=1, retain=retain, properties=properties)
+        except ValueError as error:
+            handed.set_exception(BadInput(f"cannot publish to {topic!r}: {error}"))
+            return handed
+        if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:  # nothing left; what paho keeps of it dies with this connection's client
+            handed.set_exception(Unavailable(f"not connected to {self.host}:{self.port}"))
+            return handed
         with self._lock:
-            if self._client is not client:  # it ended meanwhile and its futures were failed without this one
-                early, lost = None, True
-            else:
-                early, lost = self._early.pop(info.mid, None), info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS
-                if early is None and not lost:
-                    self._waiting[info.mid] = handed
+            lost = self._client is not client  # it ended meanwhile and its futures were failed without this one
+            early = self._early.pop(info.mid, None) if not lost else None
+            if early is None and not lost:
+                self._waiting[info.mid] = handed
         if lost:
             handed.set_exception(ConnectionLost(f"the connection to {self.host}:{self.port} ended"))
         elif early is not None:

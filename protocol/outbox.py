@@ -11,7 +11,8 @@ event      the coordinator's Ack (`settle`)         60 s, doubling to an hour   
 A PUBACK is the broker's word that it has the message, not the receiver's: so receivers are idempotent by id (`Inbox`), and we repeat.
 Oldest first; at most IN_FLIGHT at once; a message past `expires` leaves unsent.
 Poison: when a connection ends, what was in flight is suspect and travels alone from then on; STRIKES ended connections and the message is
-parked with the reason, and the next one leaves. Full: the oldest of the class that matters least goes, and a line stays in `parked`.
+parked with the reason, and the next one leaves; but not two in a row without a success between them, for then it is the broker that is
+sick. Full: the oldest of the class that matters least goes, and a line stays in `parked`.
 `put` fails for a single message that is too large and never for fullness: a node must go on answering when nobody listens for a month.
 """
 
@@ -163,6 +164,7 @@ class Outbox:
         self.engine, self.row_limit, self.size_limit, self.clock, self.resend = engine, row_limit, size_limit, clock, resend
         self._on_dropped = on_dropped
         self.woken = threading.Event()
+        self._something_left = True  # since a message was parked for ended connections
         metadata.create_all(engine)
 
     def put(
@@ -253,6 +255,7 @@ class Outbox:
 
     def handed_over(self, id: str) -> None:
         """The broker has it: a reply is done, the others wait for their receiver's word and leave again when it does not come."""
+        self._something_left = True
         with self.engine.begin() as connection:
             row = connection.execute(sa.select(outbox.c.kind, outbox.c.sent).where(outbox.c.id == id)).one_or_none()
             if row is None:
@@ -269,7 +272,7 @@ class Outbox:
             connection.execute(sa.update(outbox).where(outbox.c.id == id).values(due=self.clock() + seconds))
 
     def strike(self, id: str, *, why: str) -> None:
-        """A connection ended with this message in flight: from the first time on it travels alone, the STRIKES-th time it is parked."""
+        """A connection ended with this message in flight: then it travels alone, and the STRIKES-th time it is parked."""
         with self.engine.begin() as connection:
             row = connection.execute(sa.select(outbox).where(outbox.c.id == id)).one_or_none()
             if row is None:
@@ -278,8 +281,12 @@ class Outbox:
             if strikes < STRIKES:
                 connection.execute(sa.update(outbox).where(outbox.c.id == id).values(strikes=strikes))
                 return
+            if not self._something_left:  # a second in a row: rather a sick broker than a second poison
+                connection.execute(sa.update(outbox).where(outbox.c.id == id).values(strikes=STRIKES - 1, due=self.clock() + self.resend))
+                return
             reason = f"{strikes} connections ended while it was in flight; the last: {why}"
             self._park(connection, row, reason, keep=True)
+            self._something_left = False
         self._tell(row.id, row.kind, reason)
 
     def park(self, id: str, reason: str) -> None:

@@ -81,7 +81,10 @@ class Voice:
         if self._thread is not None:
             self._thread.join(GOODBYE_S)
         if self.session.connected:
-            self._say(msgspec.structs.replace(self.describe(), state=state, sleeping_until=sleeping_until), timeout=GOODBYE_S)
+            try:
+                self._say(msgspec.structs.replace(self.describe(), state=state, sleeping_until=sleeping_until), timeout=GOODBYE_S)
+            except Exception:  # a locked database must not keep the node from stopping
+                log.exception("presence: could not describe this node")
 
     def _run(self) -> None:
         while True:

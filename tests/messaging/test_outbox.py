@@ -206,6 +206,25 @@ def test_a_poison_message_is_parked_after_three_ended_connections_and_the_others
     assert ids(box) == []
 
 
+def test_a_broker_that_ends_every_connection_gets_no_more_than_one_message_parked(box, link, clock):
+    link.answer = lambda id: "wait"
+    for number in range(5):
+        put(box, str(number))
+    drain = Drain(box, link)
+    for _ in range(100):
+        drain.step()
+        link.lose_connection()
+        clock.now += 10
+    assert [row.id for row in box.parked()] == ["0"]
+
+    link.answer = lambda id: None
+    for _ in range(100):
+        drain.step()
+        clock.now += 10
+
+    assert {row.id for row in box.waiting() if row.sent} == {"1", "2", "3", "4"}
+
+
 def test_a_message_the_broker_finds_too_large_is_parked_at_once(box, link):
     link.answer = lambda id: TooLarge("over 10 bytes") if id == "big" else None
     put(box, "big")

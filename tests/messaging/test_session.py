@@ -11,7 +11,7 @@ from deploy.broker import Broker
 from deploy.processes import free_port
 from protocol import topics
 from protocol.errors import BadInput, ConnectionLost, TooLarge, Unavailable
-from protocol.mqtt import Session
+from protocol.mqtt import IN_FLIGHT_LIMIT, Session
 
 pytestmark = pytest.mark.broker
 EVENT = topics.event("esteli")
@@ -210,6 +210,14 @@ def test_what_the_broker_disconnects_for_fails_its_own_publication_and_the_link_
 
     eventually(lambda: esteli.connects == 2 and esteli.connected, lambda: esteli.problem)
     esteli.publish(EVENT, b"small")
+
+
+def test_a_topic_nobody_can_publish_to_is_refused_and_takes_no_place_in_flight(join):
+    esteli = join("esteli")
+
+    for _ in range(IN_FLIGHT_LIMIT + 1):
+        with pytest.raises(BadInput, match="milpa/#"):
+            esteli.publish("milpa/#", b"x", timeout=1)
 
 
 def test_publishing_on_anothers_topic_is_refused_by_name(join):
