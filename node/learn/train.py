@@ -29,7 +29,7 @@ from protocol.errors import BadInput, NotEnough
 from protocol.models.checkpoint import Checkpoint
 from protocol.models.lora import attach, detach, read_adapter_gguf
 from protocol.models.tokenizer import Example, Tokenizer, make_example
-from protocol.models.torch_model import to_torch
+from protocol.models.torch_model import best_dtype, to_torch
 from protocol.models.training import Batch, Step, mean_loss, train
 from protocol.tasks import Task
 
@@ -91,7 +91,7 @@ def learn(
     torch.set_num_threads(threads)
     checkpoint = Checkpoint.read(active.model)
     need_memory(sum(tensor.numbers().size for tensor in checkpoint.tensors.values()), max_memory_mb)
-    model = to_torch(checkpoint)
+    model = to_torch(checkpoint, dtype=best_dtype())  # the factors are float32 in any case
     del checkpoint
     with Tokenizer(active.model) as tokenizer:
         training, weights, left_out = tokenised(tokenizer, task, parts.training)
