@@ -40,7 +40,7 @@ fix: setup                     ## what the linters can mend by themselves
 	$(BIN)/ruff format .
 
 bench-loop: setup-demo         ## the demo's figures as bench/results/loop.json
-	$(BIN)/python bench/loop.py
+	$(BIN)/python -m bench.loop
 
 clean:                         ## forget the environment and the runs
 	rm -rf $(VENV) runs var .pytest_cache .mypy_cache .ruff_cache

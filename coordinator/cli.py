@@ -7,7 +7,6 @@ import typer
 from protocol.console import run
 
 COMMANDS = ("ranch", "distill", "evaluate", "publish", "round", "superlink", "serve")
-GROUPS = ("config",)
 
 app = typer.Typer(
     no_args_is_help=True, help="Distil, prove, sign and release models for a fleet, and merge what it learned.", rich_markup_mode="markdown"
@@ -19,6 +18,9 @@ def main() -> None:
     for name in COMMANDS:
         module = importlib.import_module(f"coordinator.commands.{name}")
         app.command(name)(getattr(module, name))
+    config = typer.Typer(no_args_is_help=True, help="Settings and where each comes from.")
+    config.command("show")(importlib.import_module("coordinator.commands.config").show)
+    app.add_typer(config, name="config")
     run(app)
 
 
