@@ -121,16 +121,16 @@ def _norm(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x * scale * (1.0 + norm.weight.float()).to(x.dtype)
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scale: float) -> torch.Tensor:
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
     """Softmax attention in plain products: q (B, heads, T, head), k and v (B, groups, S, head) -> (B, heads, T, head).
 
-    `hidden` (T, S) or (B, 1, T, S) is true where a key must not be seen. At our lengths, forward and backward together cost a third of
-    `scaled_dot_product_attention` on a CPU (docs/log.md), and shared keys are not copied for each head.
+    `bias` (T, S) or (B, 1, T, S) is -inf where a key must not be seen, 0 elsewhere. At our lengths, forward and backward together cost a
+    third of `scaled_dot_product_attention` on a CPU (docs/log.md), and shared keys are not copied for each head.
     """
     batch, heads, length, width = q.shape
     groups, keys = k.shape[1], k.shape[2]
     scores = torch.matmul(q.reshape(batch, groups, -1, width), k.transpose(2, 3)).view(batch, heads, length, keys).float()
-    weights = (scores * scale).masked_fill(hidden, -torch.inf).softmax(-1).to(q.dtype)
+    weights = torch.add(bias, scores, alpha=scale).softmax(-1).to(q.dtype)
     return torch.matmul(weights.view(batch, groups, -1, keys), v).view(batch, heads, length, width)
 
 
@@ -168,10 +168,10 @@ def block_forward(
     v = attention.v_proj(h).view(shape).transpose(1, 2)
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     if cache is not None:
-        k, v, hidden = cache.extend(k, v)
+        k, v, bias = cache.extend(k, v)
     else:
-        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
-    mixed = _attend(q, k, v, hidden, attention.scaling)
+        bias = torch.full((length, length), -torch.inf).triu(1)
+    mixed = _attend(q, k, v, bias, attention.scaling)
     mixed = mixed.transpose(1, 2).reshape(batch, length, -1)  # (B, T, heads * head)
     if at is not None:
         mixed, x = mixed[at], x[at]  # (n, ...)
@@ -221,14 +221,14 @@ class KeyValues:
         self.start, self.used = start, 0
 
     def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Append (B, heads, t, width); return all keys and values so far and what is hidden (B, 1, t, used)."""
+        """Append (B, heads, t, width); return all keys and values so far and the bias (B, 1, t, used)."""
         length = k.shape[2]
         begin, end = self.used, self.used + length
         self.k[:, :, begin:end], self.v[:, :, begin:end], self.used = k, v, end
         column = torch.arange(end)
         seen = (column[None] <= torch.arange(begin, end)[:, None])[None] & (column[None, None] >= self.start[:, None, None])
         seen |= column[None, None] == torch.arange(begin, end)[None, :, None]  # padding sees itself, or its softmax would be 0/0
-        return self.k[:, :, :end], self.v[:, :, :end], ~seen[:, None]
+        return self.k[:, :, :end], self.v[:, :, :end], torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop the rows that are finished."""
