@@ -21,7 +21,7 @@ from protocol.codec import decode_message
 from protocol.errors import MalformedMessage
 from protocol.messages import ReleaseNotice, Reply, Status
 from protocol.mqtt import Incoming, Session
-from protocol.outbox import Drain, Executes, Inbox, Outbox
+from protocol.outbox import Drain, Executes, Outbox
 
 WILL_DELAY_S = 10  # seconds the broker waits before it calls a node lost: a short gap is no death
 
@@ -56,7 +56,7 @@ class Messaging:
             on_parked=self._keep,
         )  # fmt: skip
         self.outbox = Outbox(store.engine, clock=clock)
-        self._drain = Drain(self.outbox, self.session, inbox=Inbox(store.engine, clock=clock))
+        self._drain = Drain(self.outbox, self.session)
         self._reporter = Reporter(name, self.outbox, engine=store.engine, clock=clock)
         self._voice = presence.Voice(name, boot, self.session, describe, heartbeat=broker.heartbeat_s, clock=clock)
         self._presence = presence.Presence()
@@ -66,7 +66,7 @@ class Messaging:
         if peers.ask:
             self.asker = Asker(
                 name, peers.ask, self.outbox, engine=store.engine, presence=self._presence, reporter=self._reporter,
-                deadline_s=peers.deadline_s, clock=clock,
+                votes=peers.votes, deadline_s=peers.deadline_s, clock=clock,
             )  # fmt: skip
             for peer in peers.ask:
                 self.session.subscribe(topics.status(peer), self._presence.hear)

@@ -70,6 +70,7 @@ class Peers(msgspec.Struct, frozen=True):
     ask: tuple[str, ...] = ()  # names of peers with a larger model
     serve: bool = False
     deadline_s: float = 3600.0  # seconds until an unanswered question is given up
+    votes: int = 1  # how many peers are asked at once; with more than one they vote
     hops: int = 1  # how often a question may be handed on
 
 
@@ -162,6 +163,7 @@ def check(settings: NodeSettings) -> None:
         "model.context": (settings.model.context, 64, 131_072),
         "model.budget": (settings.model.budget, 0, 1),
         "peers.deadline_s": (settings.peers.deadline_s, 1, 30 * 86_400),
+        "peers.votes": (settings.peers.votes, 1, 16),
         "peers.hops": (settings.peers.hops, 0, 8),
         "update.poll_s": (settings.update.poll_s, 1, 30 * 86_400),
         "learn.min_examples": (settings.learn.min_examples, 1, 1_000_000),

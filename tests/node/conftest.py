@@ -18,7 +18,7 @@ from node.app import Daemon
 from node.engine.worker import Speaker, Worker
 from node.settings import NodeSettings, read
 from node.store import Store
-from protocol.digests import digest_bytes
+from protocol.digests import digest_bytes, digest_file
 from protocol.messages import Question, Reply
 from protocol.releases import KnownAnswer
 from protocol.tasks import Record
@@ -209,9 +209,31 @@ def repository(tmp_path: Path) -> Iterator[tuple[Any, str]]:
     server.stop()
 
 
-def publish(publisher: Any, number: int, model: Path, *, knows: str | None = None) -> None:
+def publish(publisher: Any, number: int, model: Path, *, knows: str | None = None, adapter: Path | None = None) -> None:
     from coordinator.fleet.publishing import build_release
 
     known = [KnownAnswer("soil\nen:", knows)] if knows is not None else []
-    release, files = build_release(number, "ranch", [("student", "model", model, "")], known_answers=known, previous=number - 1)
-    publisher.publish(release, files)
+    files: list[Any] = [("student", "model", model, "")]
+    if adapter is not None:
+        files.append(("student", "adapter", adapter, digest_file(model)))
+    release, paths = build_release(number, "ranch", files, known_answers=known, previous=number - 1)
+    publisher.publish(release, paths)
+
+
+def write_adapter(path: Path, *, hidden: int = 64, scale: float = 1.0, tensor: str = "blk.0.ffn_down.weight", inputs: int = 128) -> Path:
+    """A LoRA adapter for the tiny model, with other arguments for a model it is not."""
+    import gguf
+    import numpy as np
+
+    random = np.random.default_rng(7)
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    writer.add_tensor(f"{tensor}.lora_a", (scale * random.standard_normal((4, inputs))).astype(np.float32))
+    writer.add_tensor(f"{tensor}.lora_b", random.standard_normal((hidden, 4)).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -18,9 +18,10 @@ from node.client import read_run_file
 from node.engine.worker import Speaker
 from node.store import open_database
 from protocol.codec import decode_message
+from protocol.digests import digest_file
 from protocol.errors import BadInput, PortInUse, Unavailable
 from protocol.outbox import Outbox
-from tests.node.conftest import DEADLINE_S, ENVIRONMENT, ROOT, ask, eventually, free_port, publish, settings
+from tests.node.conftest import DEADLINE_S, ENVIRONMENT, ROOT, ask, eventually, free_port, publish, settings, write_adapter
 from tests.node.fake_engine import FakeEngine
 
 
@@ -49,6 +50,19 @@ def test_a_stopping_node_leaves_a_summary_of_figures_for_the_coordinator(start: 
     assert [decode_message(payload).kind for payload in left] == ["answers"]
     assert decode_message(left[0]).figures["count"] == 1.0
     assert b"secret" not in left[0]
+
+
+def test_a_clock_in_1970_does_not_keep_a_node_from_answering_and_asking(tmp_path: Path) -> None:
+    daemon = Daemon(settings(tmp_path, broker__host="127.0.0.1", broker__port=free_port(), peers__ask=("base",)), clock=lambda: 5.0)
+    daemon.start()
+    try:
+        daemon.worker.swap_after_current_record(Speaker(FakeEngine(default=" leak: a pipe", probability=0.3), "ranch"))
+
+        given = ask(daemon.server.url).json()["x_milpa"]
+
+        assert given["provisional"] and daemon.status()["broker"]["open_questions"] == 1
+    finally:
+        daemon.stop()
 
 
 def test_a_node_without_a_model_waits_and_says_what_for(start: Any, tmp_path: Path) -> None:
@@ -98,8 +112,10 @@ def test_releases_arrive_go_live_and_are_there_at_the_next_boot_without_a_networ
     assert "did not come out again" in daemon.updated.reason
     assert ask(daemon.server.url).json()["x_milpa"]["release"] == 1
 
-    publish(publisher, 3, tiny_gguf(tmp_path / "third.gguf", seed=3))
+    adapter = write_adapter(tmp_path / "adapter.gguf")
+    publish(publisher, 3, tiny, adapter=adapter)
     eventually(lambda: ask(daemon.server.url).json()["x_milpa"]["release"] == 3)
+    assert ask(daemon.server.url).json()["x_milpa"]["adapter_digest"] == digest_file(adapter)
     daemon.stop()
 
     alone = start(settings(tmp_path))

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
@@ -11,37 +10,16 @@ from protocol.digests import digest_file
 from protocol.errors import BadInput, DoesNotFit
 from protocol.models import engine as module
 from protocol.models.engine import Engine
+from tests.node.conftest import write_adapter
 
 pytestmark = pytest.mark.llama
 PROMPT = "soil moisture 12 %\nen:"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.tiny import tiny_gguf
-
-    return tiny_gguf(tmp_path_factory.mktemp("engine") / "tiny.gguf")
 
 
 @pytest.fixture
 def engine(tiny: Path) -> Iterator[Engine]:
     with Engine(tiny, context=256) as made:
         yield made
-
-
-def write_adapter(path: Path, *, hidden: int = 64, scale: float = 1.0, tensor: str = "blk.0.ffn_down.weight", inputs: int = 128) -> Path:
-    random = np.random.default_rng(7)
-    writer = gguf.GGUFWriter(path, "gemma3")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 4.0)
-    writer.add_tensor(f"{tensor}.lora_a", (scale * random.standard_normal((4, inputs))).astype(np.float32))
-    writer.add_tensor(f"{tensor}.lora_b", random.standard_normal((hidden, 4)).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_an_adapter_changes_the_answer_and_taking_it_off_restores_every_bit(engine: Engine, tmp_path: Path) -> None:
