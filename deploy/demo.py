@@ -11,41 +11,31 @@ The distilled models are kept in `work` by the digest of what made them: a secon
 folder has its fleet, its report and result.json.
 """
 
-import json
 import shutil
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from deploy import loop
 from deploy.fleet import PEER, SITES, LocalFleet
 from deploy.processes import Processes
 from deploy.season import EQUAL_BUDGET, Asked, Site, figures
-from protocol import codec
 from protocol.blobs import write_atomically
 from protocol.console import progress_bar, stderr
-from protocol.errors import BadInput, MilpaError, NotEnough, Unavailable
+from protocol.errors import BadInput, NotEnough
 from protocol.tasks import RANCH, Record
 
-RANK = 8  # of a site's adapter; the merge of two has rank 16
 NEED_FREE_MB = 4_096  # of disk: models, checkpoints and a fleet take about 2.5 GB
 DISTIL_DEADLINE_S = 3_600.0
-LEARN_DEADLINE_S = 900.0
-ROUND_DEADLINE_S = 900.0
 RELEASE_DEADLINE_S = 120.0
-SETTLE_DEADLINE_S = 300.0
 
 
 class Size(msgspec.Struct, frozen=True):
@@ -114,7 +104,7 @@ class Demo:
         self._first_season(nodes, records)
         learned = self._learn()
         before = self._second_season(nodes, records, "season 2, release 1")
-        merged = self._round(records)
+        merged = self._round()
         after = before
         if merged["release"]:
             with self._stage("activate the next release"):
@@ -138,7 +128,7 @@ class Demo:
                 found[f"{name} scale"], found[f"{name} gate"] = held[: self.size.scale], held[self.size.scale :]
                 found[f"{name} season 2"] = generate(site, seed=self.seed, count=self.size.season, split="test")
             for name, rows in found.items():
-                write_records(self._record_file(name), rows)
+                loop.write_records(self._record_file(name), rows)
         return found
 
     def _distil(self, records: Mapping[str, list[Record]]) -> dict[str, Any]:
@@ -149,7 +139,7 @@ class Demo:
                 "--json",
             ]  # fmt: skip
             begun = time.monotonic()
-            made = self._json_of(command, deadline_s=DISTIL_DEADLINE_S)
+            made = loop.json_of(command, deadline_s=DISTIL_DEADLINE_S)
             stage.cached = stage_is_old(made["lineage"], time.monotonic() - begun)
         return made
 
@@ -184,28 +174,13 @@ class Demo:
         return {"bundle": bundle, "models": models, "calibration": calibration, "baselines": simple, "dev": dev}
 
     def _release(self, records: Mapping[str, list[Record]], made: Mapping[str, Any], proof: Mapping[str, Any]) -> None:
-        from coordinator.federation.round import known_answers
-        from coordinator.fleet.publishing import build_release
-        from protocol.releases import Kind, Role
-
         with self._stage("sign and publish release 1"):
             self.fleet.prepare(sites=self.sites, peer=PEER, web_port=self.web_port)
-            calibration, evidence = self.run_dir / "models" / "calibration.json", self.run_dir / "models" / "evidence.json"
-            write_atomically(calibration, msgspec.json.encode(proof["calibration"]))
-            write_atomically(evidence, msgspec.json.encode(proof["bundle"]))
-            student = proof["models"]["student"]
-            files: list[tuple[Role, Kind, Path, str]] = [
-                ("student", "model", Path(made["student"]), ""),
-                ("student", "initial-adapter", self._initial_adapter(Path(made["student"])), student.model_digest),
-                ("student", "calibration", calibration, student.model_digest),
-                ("student", "evidence", evidence, ""),
-                ("teacher", "model", Path(made["teacher"]), ""),
-            ]
-            release, paths = build_release(
-                1, "ranch", files, note="distilled on the general corpus", min_memory_mb=int(student.peak_rss_mb) + 1,
-                known_answers=known_answers(RANCH, records["dev"], proof["dev"]),
+            loop.publish_student(
+                self.fleet, RANCH, self.run_dir / "models", student=Path(made["student"]), teacher=Path(made["teacher"]),
+                judged=proof["models"]["student"], dev=proof["dev"], dev_records=records["dev"], calibration=proof["calibration"],
+                evidence=proof["bundle"], seed=self.seed,
             )  # fmt: skip
-            self.fleet.publisher().publish(release, paths)
 
     def _bring_up(self) -> None:
         with self._stage("bring up the fleet"):
@@ -215,54 +190,25 @@ class Demo:
 
     def _first_season(self, nodes: Mapping[str, Site], records: Mapping[str, list[Record]]) -> None:
         with self._stage("season 1: answer, escalate, correct"):
-            asked = self._season(nodes, {name: records[f"{name} season 1"] for name in self.sites})
+            asked = loop.answer(nodes, {name: records[f"{name} season 1"] for name in self.sites})
             for name, node in nodes.items():
                 node.correct(asked[name], share=self.size.corrected, seed=self.seed)
 
     def _second_season(self, nodes: Mapping[str, Site], records: Mapping[str, list[Record]], title: str) -> dict[str, list[Asked]]:
         with self._stage(title):
-            return self._season(nodes, {name: records[f"{name} season 2"] for name in self.sites})
-
-    def _season(self, nodes: Mapping[str, Site], rows: Mapping[str, list[Record]]) -> dict[str, list[Asked]]:
-        with progress_bar() as bar, ThreadPoolExecutor(len(nodes)) as pool:
-            lines = {name: bar.add_task(f"  {name}", total=len(rows[name])) for name in nodes}
-            jobs = {name: pool.submit(node.ask, rows[name], progress=partial(_advance, bar, lines[name])) for name, node in nodes.items()}
-            asked = {name: job.result() for name, job in jobs.items()}
-            for name, node in nodes.items():
-                node.settle(asked[name], deadline_s=SETTLE_DEADLINE_S)
-        return asked
+            return loop.answer(nodes, {name: records[f"{name} season 2"] for name in self.sites})
 
     def _learn(self) -> dict[str, Any]:
         with self._stage("learn on site (LoRA)"):
-            return self._on_every_site(lambda config: ["learn", "--config", config, "--json"], deadline_s=LEARN_DEADLINE_S)
+            return loop.learn(self.fleet)
 
-    def _round(self, records: Mapping[str, list[Record]]) -> dict[str, Any]:
+    def _round(self) -> dict[str, Any]:
         with self._stage("round: collect, admit, merge, judge"):
-            window = threading.Thread(target=self._sync_windows, name="sync windows")
-            window.start()
-            command = [
-                sys.executable, "-m", "coordinator.cli", "round", "--store", str(self.fleet.store),
-                "--superlink", f"127.0.0.1:{self.fleet.plan.superlink_port}", "--superlink-keys", str(self.fleet.folder / "superlink"),
-                "--deadline", "120", "--eta", f"1,{len(self.sites)}", "--seed", str(self.seed), "--json",
-                "--dev", f"general={self._record_file('dev')}", "--heldout", f"general={self._record_file('test')}",
-            ]  # fmt: skip
-            for name in self.sites:
-                command += [
-                    "--dev",
-                    f"{name}={self._record_file(name + ' scale')}",
-                    "--heldout",
-                    f"{name}={self._record_file(name + ' gate')}",
-                ]
-            try:
-                return self._json_of(command, deadline_s=ROUND_DEADLINE_S)
-            finally:
-                window.join(timeout=60.0)
-
-    def _sync_windows(self) -> None:
-        try:
-            self._on_every_site(lambda config: ["sync", "--config", config, "--window", "200", "--json"], deadline_s=260.0)
-        except MilpaError as error:
-            stderr.print(f"  sync: {error}", style="yellow", markup=False)
+            return loop.run_round(
+                self.fleet, seed=self.seed,
+                heldout={"general": self._record_file("test")} | {name: self._record_file(f"{name} gate") for name in self.sites},
+                dev={"general": self._record_file("dev")} | {name: self._record_file(f"{name} scale") for name in self.sites},
+            )  # fmt: skip
 
     def _report(
         self, records: Mapping[str, list[Record]], made: Mapping[str, Any], proof: Mapping[str, Any], learned: Mapping[str, Any],
@@ -313,15 +259,6 @@ class Demo:
         write_atomically(self.run_dir / "result.json", msgspec.json.format(msgspec.json.encode(result)))
         return result
 
-    def _initial_adapter(self, student: Path) -> Path:
-        """What every site starts its LoRA from: independent starts could not be merged."""
-        from protocol.models.checkpoint import Checkpoint
-        from protocol.models.lora import initial_adapter, write_adapter_gguf
-
-        path = self.run_dir / "models" / "initial-adapter.gguf"
-        write_adapter_gguf(path, *initial_adapter(Checkpoint.read(student), rank=RANK, alpha=2.0 * RANK, seed=self.seed))
-        return path
-
     # --- helpers ------------------------------------------------------------------------------------------------------
 
     def _record_file(self, name: str) -> Path:
@@ -344,47 +281,12 @@ class Demo:
         stage.seconds = round(time.monotonic() - begun, 1)
         stderr.print(f"  {stage.seconds:.0f} s{' (taken from an earlier run)' if stage.cached else ''}", style="dim", highlight=False)
 
-    def _json_of(self, command: Sequence[str], *, deadline_s: float) -> dict[str, Any]:
-        """Run one of our commands, its progress on our stderr, and read the JSON object it prints."""
-        process = subprocess.Popen(list(command), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
-        try:
-            output, _ = process.communicate(timeout=deadline_s)
-        except subprocess.TimeoutExpired as error:
-            raise Unavailable(f"{' '.join(command[2:4])} did not end within {deadline_s:.0f} s") from error
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait(20)
-        if process.returncode:
-            raise Unavailable(f"`{command[2]} {command[3]}` failed with exit code {process.returncode}; its error is above")
-        return dict(json.loads(output))
-
-    def _on_every_site(self, arguments: Callable[[str], list[str]], *, deadline_s: float) -> dict[str, Any]:
-        """Run a `milpa-node` command at every site at once; what each printed, by site."""
-        with ThreadPoolExecutor(len(self.sites)) as pool:
-            jobs = {
-                name: pool.submit(
-                    self._json_of, [sys.executable, "-m", "node.cli", *arguments(str(self.fleet.node_config(name)))], deadline_s=deadline_s
-                )
-                for name in self.sites
-            }
-            return {name: job.result() for name, job in jobs.items()}
-
 
 NOT_TESTED = (
     "Real sites: records come from a simulator with real weather series, and the operator who corrects is simulated too.",
     "Real distance: all processes ran on one machine, over the loopback interface.",
     "Time: the loop was run once; seasons follow each other within minutes.",
 )
-
-
-def _advance(bar: Progress, line: TaskID, done: int) -> None:
-    bar.update(line, completed=done)
-
-
-def write_records(path: Path, records: Sequence[Record]) -> None:
-    """Write records as JSON lines, whole or not at all."""
-    write_atomically(path, b"".join(codec.encode(record) + b"\n" for record in records))
 
 
 def stage_is_old(lineage: Mapping[str, Any], seconds: float) -> bool:

@@ -35,7 +35,9 @@ class Asked(msgspec.Struct):
     confidence: float
     escalated: bool
     seconds: float  # from request to answer, at the client
+    text: str = ""  # as first given
     final: str = ""  # verdict when the replies were in
+    final_text: str = ""
     state: str = ""
     by: str = ""
 
@@ -59,7 +61,7 @@ class Site:
             begun = time.perf_counter()
             body = self._call("POST", "/v1/records", content=codec.encode(blind), headers={"content-type": "application/json"})
             seconds = time.perf_counter() - begun
-            found.append(Asked(record, body["id"], body["verdict"], body["confidence"], bool(body["escalation"]), seconds))
+            found.append(Asked(record, body["id"], body["verdict"], body["confidence"], bool(body["escalation"]), seconds, body["text"]))
             if progress:
                 progress(done)
         return found
@@ -75,7 +77,8 @@ class Site:
             time.sleep(SETTLE_POLL_S)
         for item in asked:
             row = now[item.answer]
-            item.final, item.state, item.by = task_named(row["task"]).parse(row["text"]).verdict, row["state"], row["by"]
+            item.final, item.final_text = task_named(row["task"]).parse(row["text"]).verdict, row["text"]
+            item.state, item.by = row["state"], row["by"]
 
     def correct(self, asked: Sequence[Asked], *, share: float, seed: int) -> int:
         """The operator looks at a share of the answers and says what was right, through POST /v1/feedback. How many."""

@@ -39,7 +39,7 @@ class Loop:
         from coordinator.fleet.publishing import build_release
         from coordinator.forge import calibrate
         from coordinator.forge.evaluation import evaluate
-        from deploy.demo import write_records
+        from deploy.loop import write_records
         from tests.fleet import toy
 
         if find_mosquitto() is None:
