@@ -1,4 +1,4 @@
-"""What must still be said: a durable outbox in the caller's own database, and the memory of what was already heard.
+"""What must still be said: a durable outbox in the caller's own database.
 
 A message enters the outbox in the same transaction as the fact it reports, so after any kill there are both or neither. A drain thread
 hands it to the broker and hands it over again until it is settled. What settles depends on the kind:
@@ -8,7 +8,7 @@ question   `settle`, when its reply was applied     60 s, doubling to an hour   
 reply      the broker's PUBACK                      -                               second
 event      the coordinator's Ack (`settle`)         60 s, doubling to an hour       last
 
-A PUBACK is the broker's word that it has the message, not the receiver's: so receivers are idempotent by id (`Inbox`), and we repeat.
+A PUBACK is the broker's word that it has the message, not the receiver's: so we repeat, and receivers are idempotent by id.
 Oldest first; at most IN_FLIGHT at once; a message past `expires` leaves unsent.
 Poison: when a connection ends, what was in flight is suspect and travels alone from then on; STRIKES ended connections and the message is
 parked with the reason, and the next one leaves; but not two in a row without a success between them, for then it is the broker that is
@@ -42,8 +42,6 @@ REFUSED_S = 300.0  # seconds until one that it did not want to take
 SWEEP_S = 5.0  # seconds between two looks for what expired
 POLL_S = 1.0  # how long a put may wait for a drain that nobody woke
 PUBACK_DEADLINE_S = 30.0  # then the message is handed over again
-HORIZON_S = 14 * 86_400  # seconds an id is remembered; longer than any message lives
-HORIZON_ROWS = 50_000  # ids remembered; about 5 MB
 
 Kind = Literal["question", "reply", "event"]
 DROP_ORDER: tuple[Kind, ...] = ("question", "reply", "event")
@@ -78,14 +76,6 @@ parked = sa.Table(
     sa.Column("topic", sa.String(255), nullable=False),
     sa.Column("payload", sa.LargeBinary, nullable=False),  # empty when it was dropped for space
     sa.Column("reason", sa.String(300), nullable=False),
-    sa.Column("at", sa.Float, nullable=False),
-    sqlite_autoincrement=True,
-)  # fmt: skip
-
-inbox = sa.Table(
-    "inbox", metadata,
-    sa.Column("position", sa.Integer, primary_key=True),
-    sa.Column("id", sa.String(128), nullable=False, unique=True),
     sa.Column("at", sa.Float, nullable=False),
     sqlite_autoincrement=True,
 )  # fmt: skip
@@ -340,31 +330,11 @@ class Outbox:
                 log.exception("outbox: the listener for dropped messages failed")
 
 
-class Inbox:
-    """Ids of messages that were handled. Kept for `horizon` seconds and at most HORIZON_ROWS."""
-
-    def __init__(self, engine: sa.Engine, *, horizon: float = HORIZON_S, clock: Callable[[], float] = time.time) -> None:
-        self.engine, self.horizon, self.clock = engine, horizon, clock
-        metadata.create_all(engine)
-
-    def seen(self, session: Executes, id: str) -> bool:
-        """Whether `id` was handled before; from the end of the caller's transaction on it was."""
-        done = session.execute(insert(inbox).values(id=id, at=self.clock()).on_conflict_do_nothing(index_elements=["id"]))
-        return bool(done.rowcount == 0)
-
-    def sweep(self) -> int:
-        """Forget ids past the horizon; how many."""
-        with self.engine.begin() as connection:
-            newest = sa.select(sa.func.max(inbox.c.position)).scalar_subquery()
-            old = sa.or_(inbox.c.at < self.clock() - self.horizon, inbox.c.position <= newest - HORIZON_ROWS)
-            return int(connection.execute(sa.delete(inbox).where(old)).rowcount)
-
-
 class Drain:
     """The thread that hands the outbox over. Owns nothing durable: killed anywhere, the next one starts where the table says."""
 
-    def __init__(self, box: Outbox, link: Link, *, in_flight: int = IN_FLIGHT, poll: float = POLL_S, inbox: Inbox | None = None) -> None:
-        self.outbox, self.link, self.in_flight, self.poll, self.inbox = box, link, in_flight, poll, inbox
+    def __init__(self, box: Outbox, link: Link, *, in_flight: int = IN_FLIGHT, poll: float = POLL_S) -> None:
+        self.outbox, self.link, self.in_flight, self.poll = box, link, in_flight, poll
         self._flying: dict[str, _Flight] = {}
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -396,8 +366,6 @@ class Drain:
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + SWEEP_S
             self.outbox.sweep()
-            if self.inbox is not None:
-                self.inbox.sweep()
         if self.link.connected and not any(flight.suspect for flight in self._flying.values()):
             self._hand_over()
         return len(self._flying)

@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from sqlalchemy.orm import Session as Transaction
 
 from protocol.errors import BadInput, ConnectionLost, TooLarge, Unavailable
-from protocol.outbox import IN_FLIGHT, MESSAGE_LIMIT, PARKED_LIMIT, RESEND_CAP_S, STRIKES, Drain, Inbox, Outbox
+from protocol.outbox import IN_FLIGHT, MESSAGE_LIMIT, PARKED_LIMIT, RESEND_CAP_S, STRIKES, Drain, Outbox
 
 
 class Clock:
@@ -278,20 +278,6 @@ def test_parked_messages_are_bounded(database, clock):
             box.put(connection, "t", b"x", id=str(number), kind="event")
 
     assert len(box.parked()) == PARKED_LIMIT
-
-
-def test_an_id_is_seen_once_within_the_horizon_and_only_if_its_transaction_held(database, clock):
-    inbox = Inbox(database, horizon=100, clock=clock)
-    with pytest.raises(ZeroDivisionError), database.begin() as connection:
-        assert inbox.seen(connection, "a") is False
-        raise ZeroDivisionError
-    with database.begin() as connection:
-        assert inbox.seen(connection, "a") is False
-    with database.begin() as connection:
-        assert inbox.seen(connection, "a") is True
-    clock.now += 101
-
-    assert inbox.sweep() == 1
 
 
 def test_a_round_that_fails_on_the_database_loses_no_message(box, link, monkeypatch):
