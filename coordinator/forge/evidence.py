@@ -228,7 +228,7 @@ def live_curve(confidences: Sequence[float], own: Sequence[float], final: Sequen
         own, final: 1.0 where the first answer, and the one after the replies, was right.
 
     Returns:
-        `ece`, `reliability`, `target`, and `curve` from share 0 to the share that was asked.
+        `ece`, `reliability`, `target`, and `curve` from share 0 to the share that was asked; empty when nothing was.
     """
     curve = deferral_curve(confidences, own, final)
     count = sum(asked)
@@ -239,7 +239,7 @@ def live_curve(confidences: Sequence[float], own: Sequence[float], final: Sequen
         "reliability": [
             {"confidence": bar.confidence, "accuracy": bar.accuracy, "count": bar.count} for bar in reliability(confidences, own)
         ],
-        "curve": [[step / len(own), float(curve[step])] for step in steps],
+        "curve": [[step / len(own), float(curve[step])] for step in steps] if count else [],
     }
 
 

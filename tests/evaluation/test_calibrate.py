@@ -20,6 +20,7 @@ def test_calibration_tells_the_truth_on_records_it_has_not_seen() -> None:
     assert made.method == "logistic"
     assert plain > 0.15  # the raw probability boasts
     assert calibrated < 0.06
+    assert max(unseen.confidences(made)) - min(unseen.confidences(made)) > 0.5  # not just the base rate for everything
 
 
 def test_calibration_keeps_the_order_of_the_signals() -> None:

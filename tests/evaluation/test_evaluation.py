@@ -30,6 +30,15 @@ def test_a_verdict_is_judged_by_its_code_and_its_sentence_apart() -> None:
     assert found.figures()["malformed"] == pytest.approx(1 / 3)
 
 
+def test_the_right_code_is_right_whatever_the_sentence_says() -> None:
+    records = ranch_records(1)
+
+    found = evaluate_texts([f"{RANCH.codes[0]}: algo muy distinto"], records, RANCH)
+
+    assert found.answers[0].correct
+    assert found.answers[0].chrf < 50
+
+
 def test_only_the_first_line_counts() -> None:
     records = ranch_records(1)
 

@@ -118,3 +118,7 @@ def test_this_machine_has_a_name_and_cores() -> None:
     assert found["cpu"]
     assert found["cores"] >= 1
     assert "sacrebleu" in found["libraries"]
+
+
+def test_a_site_that_asked_nothing_has_no_curve() -> None:
+    assert evidence.live_curve([0.9, 0.8], [1.0, 0.0], [1.0, 0.0], [False, False])["curve"] == []

@@ -87,11 +87,12 @@ def test_the_verdict_is_the_headline_and_text_stays_text(page: str) -> None:
 
 
 def test_when_nothing_got_better_the_report_says_so_first() -> None:
-    html = report.run_page(run_of(improved=False) | {"verdict": "Esteli lost 3 points.", "releases": [1]})
+    html = report.run_page(run_of(improved=False, gain=0.0) | {"verdict": "Esteli lost 3 points.", "releases": [1]})
 
     assert "<h1>Nothing got better in this run.</h1>" in html
     assert "Esteli lost 3 points." in html
     assert "Why release 1 stayed" in html
+    assert "Better by the gate" not in html
 
 
 def test_an_improvement_that_no_sites_interval_carries_is_said_to_be_so() -> None:
