@@ -93,11 +93,11 @@ SENTENCES = {
         "en": ("Aged battery: falls to {volt} with sun {sun}.", "Aged battery: falls to {volt}, replace it."),
     },
     "cold-battery": {
-        "es": ("El frio baja la batería a {volt}, temperatura {temp}.", "La helada baja la batería a {volt}."),
+        "es": ("El frío baja la batería a {volt}, temperatura {temp}.", "La helada baja la batería a {volt}."),
         "en": ("Cold pulls the battery to {volt}, temperature {temp}.", "Frost pulls the battery to {volt}."),
     },
     "gateway-loss": {
-        "es": ("Gateway caido: faltan paquetes con buena señal.", "Gateway caido: no tiene luz ni red."),
+        "es": ("Gateway caído: faltan paquetes con buena señal.", "Gateway caído: no tiene luz ni red."),
         "en": ("Gateway down: packets missing with good signal.", "Gateway down: it has no power or network."),
     },
     "radio-weak": {
