@@ -55,9 +55,9 @@ class AdapterQuestion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, t
 
 
 class AdapterReceipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="receipt"):
-    """ "Yours is on the coordinator's disk": the node may end its window. Flower drops the reply of a node that left before."""
+    """ "Your answer is on the coordinator's disk": the node may end its window. Flower drops the reply of a node that left before."""
 
-    digest: str
+    digest: str  # of the adapter; empty when the node had none
 
 
 AdapterCode = Literal[

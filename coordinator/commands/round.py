@@ -27,6 +27,7 @@ def round(
     max_rank: int = typer.Option(64, min=1, help="Rank of the merged adapter at most."),
     clip: float = typer.Option(0.0, min=0.0, help="Clip adapters at this many times the median norm; 0: no."),
     min_examples: int = typer.Option(16, min=1, help="Confirmed examples an adapter must have seen."),
+    norm_share: float = typer.Option(0.5, min=0.0, help="Refuse adapters that change the weights by more than this share of their norm."),
     margin: float = typer.Option(0.03, min=0.0, help="What may be lost on the general set, of 1."),
     threads: int = typer.Option(2, min=1, max=256, help="Engines side by side."),
     seed: int = typer.Option(12345, help="Of the bootstrap intervals."),
@@ -65,8 +66,8 @@ def round(
     keys = Keys(control=read_key(key_folder / "control.token"), fleet="", secret=read_key(key_folder / "superexec.secret"))
     sites = tuple(site) or tuple(name for name in judged if name != GENERAL)
     options = Options(
-        expected=sites, deadline_s=deadline, etas=etas, max_rank=max_rank, clip_factor=clip, minimum_examples=min_examples, margin=margin,
-        dry_run=dry_run, threads=threads, seed=seed,
+        expected=sites, deadline_s=deadline, etas=etas, max_rank=max_rank, clip_factor=clip, minimum_examples=min_examples,
+        norm_share=norm_share, margin=margin, dry_run=dry_run, threads=threads, seed=seed,
     )  # fmt: skip
     ledger = Ledger(settings.ledger_url)
     ledger.migrate()

@@ -221,7 +221,7 @@ def _work(job: Job, tell: Callable[[Told], None]) -> None:
             reply = keep(folder, arrival.payload, arrival.flat, arrival.error)
             if reply.code != "lost":  # a node that was lost may come back under another id and be asked again
                 answered.add(reply.node)
-            if reply.file:
+            if reply.node:  # with nothing to send, too: its window may end, there is nothing more to ask
                 receipts.update(run.ask([node], codec.encode(AdapterReceipt(reply.digest)), ttl_s=RECEIPT_S + left))
             quiet_since = time.monotonic()
             tell(Told("reply", reply=reply))

@@ -10,6 +10,7 @@ Rules:
 
 Limits: the fleet token is one for the whole fleet, so it keeps strangers out but does not tell one node from another; a node is believed
 when it says its site's name. Traffic is plain HTTP: across machines put it inside a VPN or behind a TLS proxy.
+superlink.db keeps the size of its largest day; with no round open it may be deleted while the SuperLink is stopped.
 """
 
 import hmac

@@ -60,10 +60,10 @@ def sync(
     begun = time.monotonic()
     end = begun + window_s
     codes: list[str] = []
-    delivered, restarts = False, 0
+    heard, restarts = False, 0  # heard: the coordinator has our answer
 
     def over() -> bool:
-        return time.monotonic() >= end or stop() or (delivered and not stay)
+        return time.monotonic() >= end or stop() or (heard and not stay)
 
     with tempfile.TemporaryDirectory(prefix="milpa-sync-") as private:
         secret_file = Path(private) / "secret"
@@ -79,11 +79,11 @@ def sync(
                     codes.append(str(said.get("code", "")))
                     on_progress(f"answered: {codes[-1]}")
                 elif said.get("kind") == "sent" and codes and codes[-1] == "noted":
-                    delivered = True
+                    heard = True
             if not over():
                 restarts += 1
                 _wait(AGAIN_S, over)
-    return SyncResult(node, delivered, tuple(codes), restarts, round(time.monotonic() - begun, 3))
+    return SyncResult(node, heard and "adapter" in codes, tuple(codes), restarts, round(time.monotonic() - begun, 3))
 
 
 def _child(job: dict[str, Any], *, flower_home: Path, over: Callable[[], bool]) -> Any:

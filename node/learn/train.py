@@ -35,7 +35,7 @@ from protocol.tasks import Task
 
 RATE = 1e-3  # of LoRA factors; ten times that of full fine-tuning, as usual
 EPOCHS = 3.0
-BATCH_TOKENS = 1024  # about 5 examples: a site has hundreds, and should take more than a handful of steps an epoch
+BATCH_TOKENS = 512  # about 5 examples: a site has hundreds, and should take more than a handful of steps an epoch
 ROW_LIMIT = 512  # tokens of prompt and answer; the training pass knows no sliding window
 SPARE_MB = 400  # MiB beside the weights: activations of a batch, Adam's two copies of the factors, torch itself
 STATE = "training.pt"

@@ -166,7 +166,21 @@ def test_a_node_without_the_fleet_token_is_not_heard(superlink: SuperLink, windo
 
 
 @pytest.mark.flower
-def test_a_sync_window_closes_on_sigterm_and_leaves_no_process(superlink: SuperLink, tmp_path: Path) -> None:
+def test_a_node_with_nothing_to_send_is_told_that_it_was_heard(
+    superlink: SuperLink, windows: Callable[..., Window], tmp_path: Path
+) -> None:
+    window = windows(tmp_path / "esteli", "esteli", seconds=100)
+
+    replies = gather(superlink, tmp_path / "round", expected=("esteli",))
+    result = window.wait()
+
+    assert [(reply.node, reply.code) for reply in replies] == [("esteli", "nothing")]
+    assert (result.answered, result.delivered) == (("nothing", "noted"), False)
+
+
+@pytest.mark.flower
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_sync_window_leaves_no_process_behind(superlink: SuperLink, tmp_path: Path, number: int) -> None:
     state = tmp_path / "esteli"
     arguments = ["--superlink", superlink.address, "--window", "100", "--state-dir", str(state), "--json"]
     program = "import typer; from node.learn.commands import sync; typer.run(sync)"
@@ -179,11 +193,12 @@ def test_a_sync_window_closes_on_sigterm_and_leaves_no_process(superlink: SuperL
     wait_until(lambda: bool(children_of(window.pid)), what="the window's Flower process")
     child = children_of(window.pid)[0]
 
-    window.terminate()
+    window.send_signal(number)
     out, _ = window.communicate(timeout=30)
 
-    assert window.returncode == 0
-    assert msgspec.json.decode(out)["delivered"] is False
+    if number == signal.SIGTERM:
+        assert window.returncode == 0
+        assert msgspec.json.decode(out)["delivered"] is False
     wait_until(
         lambda: not Path(f"/proc/{child}/cmdline").exists() or not Path(f"/proc/{child}/cmdline").read_bytes(), what="the end of the child"
     )
