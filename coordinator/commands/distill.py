@@ -48,12 +48,9 @@ def distill(
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out} is a file; name a folder")
     wanted = translation(source, target) if pairs is not None else task_named(str(task))
-    plan = Plan(budget=Budget.named(budget), seed=seed, blocks=blocks, kind=kind)
+    plan = Plan(budget=Budget.named(budget), seed=seed, blocks=blocks, kind=kind, threads=threads)
     found = read_pairs(pairs, wanted, limit=limit) if pairs is not None else read_records(Path(str(records)), wanted, limit=limit)
 
-    import torch
-
-    torch.set_num_threads(threads)
     with progress_bar() as bar:
         lines = {}
 

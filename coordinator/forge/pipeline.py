@@ -25,7 +25,7 @@ from protocol.digests import digest_file, digest_value
 from protocol.errors import BadInput, NotEnough
 from protocol.models.checkpoint import Checkpoint
 from protocol.models.tokenizer import Tokenizer, make_example
-from protocol.models.torch_model import best_dtype, to_torch
+from protocol.models.torch_model import best_dtype, to_torch, use_threads
 from protocol.models.training import Step
 from protocol.tasks import Record, Task
 
@@ -78,6 +78,7 @@ class Plan:
     kind: str = DEFAULT_KIND  # of the student's file
     teacher_kind: str = "Q8_0"
     frequent: int = FREQUENT
+    threads: int = 2  # more than the idle cores of the machine makes it slower, not faster
     correct: Recipe = field(default_factory=Recipe)
     student: Recipe = field(default_factory=lambda: Recipe(mode="full", learning_rate=5e-4))
 
@@ -137,6 +138,7 @@ def forge(
         BadInput: no base model, or one we cannot train.
     """
     told = progress or (lambda stage, share, words: None)
+    use_threads(plan.threads)
     learnable = [record for record in records if record.target]
     if len(learnable) < 8:
         raise NotEnough(f"{len(learnable)} records have a target; at least 8 are needed, some thousands are useful")

@@ -46,6 +46,11 @@ def module_of(model: nn.Module, tensor: str) -> nn.Module:
     return model.get_submodule(torch_name(tensor).removesuffix(".weight"))
 
 
+def use_threads(count: int) -> None:
+    """Processor threads for every torch operation of this process."""
+    torch.set_num_threads(count)
+
+
 def best_dtype() -> torch.dtype:
     """bfloat16 where the processor multiplies it natively (AVX512-BF16, AMX), float32 elsewhere."""
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported() else torch.float32

@@ -32,7 +32,7 @@ def base(tmp_path: Path) -> Path:
 
 def make(base: Path, records: list[Record], folder: Path, *, seed: int = 0, blocks: int = 2) -> tuple[Forged, list[str]]:
     plan = Plan(
-        budget=Budget.named("10"), seed=seed, blocks=blocks, correct=Recipe(learning_rate=5e-3, steps=6),
+        budget=Budget.named("10"), seed=seed, blocks=blocks, threads=1, correct=Recipe(learning_rate=5e-3, steps=6),
         student=Recipe(mode="full", learning_rate=3e-3, steps=6),
     )  # fmt: skip
     worked: list[str] = []
