@@ -43,9 +43,21 @@ def empty_ledger() -> bytes:
         return (Path(folder) / "ledger.db").read_bytes()
 
 
-def build(folder: Path, clock: Callable[[], float]) -> Coordinator:
+@functools.cache
+def filled_ledger() -> bytes:
+    """The ledger of `seed.fill`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger.db"
+        path.write_bytes(empty_ledger())
+        ledger = Ledger(f"sqlite:///{path}")
+        fill(ledger)
+        ledger.close()
+        return path.read_bytes()
+
+
+def build(folder: Path, clock: Callable[[], float], *, filled: bool = False) -> Coordinator:
     folder.mkdir(exist_ok=True)
-    (folder / "ledger.db").write_bytes(empty_ledger())
+    (folder / "ledger.db").write_bytes(filled_ledger() if filled else empty_ledger())
     coordinator = Coordinator(CoordinatorSettings(store=Store(dir=str(folder)), broker=Broker(host="")), clock=clock)
     coordinator.door._hasher = QUICK  # the real parameters take 64 MiB and 50 ms a login
     coordinator.door._nobody = QUICK.hash("nobody")
@@ -93,9 +105,7 @@ def client(stranger: TestClient, coordinator: Coordinator) -> TestClient:
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """A browser that has logged in, over a fleet of twelve nodes. For reading only."""
-    coordinator = build(tmp_path_factory.mktemp("filled"), lambda: NOW)
-    fill(coordinator.ledger)
-    coordinator.ledger.clock = lambda: NOW
+    coordinator = build(tmp_path_factory.mktemp("filled"), lambda: NOW, filled=True)
     with TestClient(coordinator.app) as client:
         enter(client, coordinator)
         yield client

@@ -10,7 +10,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.dashboard.conftest import PASSWORD, Serving, build
-from tests.dashboard.seed import NOW, fill
+from tests.dashboard.seed import NOW
 
 PAGES = {
     "overview": "/", "nodes": "/nodes", "node": "/nodes/ocotal", "releases": "/releases", "release": "/releases/3", "rounds": "/rounds",
@@ -33,8 +33,7 @@ def log_in(page: Page, serving: Serving, name: str = "ana") -> None:
 
 def main(target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        coordinator = build(Path(folder), lambda: NOW)
-        fill(coordinator.ledger)
+        coordinator = build(Path(folder), lambda: NOW, filled=True)
         coordinator.ledger.add_first_user("ana", coordinator.door._hasher.hash(PASSWORD))
         with Serving(coordinator) as serving, sync_playwright() as playwright:
             browser = chromium(playwright)

@@ -66,12 +66,13 @@ def test_an_open_page_hears_of_a_change_and_the_page_then_shows_it(coordinator):
 def test_the_live_line_ends_with_the_session(coordinator, monkeypatch):
     monkeypatch.setattr("coordinator.dashboard.routes.TICK_S", 0.1)
     with Serving(coordinator) as serving, entered(serving) as browser, browser.stream("GET", "/events") as stream:
-        next(stream.iter_lines())
-        page = browser.get("/")
-        browser.post("/logout", data={"csrf": form_token(page.text)})
+        lines = stream.iter_lines()
+        assert next(line for line in lines if line.startswith("event:")) == "event: tick"
+        browser.post("/logout", data={"csrf": form_token(browser.get("/").text)})
 
-        for _ in stream.iter_lines():
-            pass  # until the server ends it; the client's timeout is the deadline
+        for line in lines:  # until the server ends it; the client's timeout is the deadline
+            assert not line.startswith("event: change")
+        assert browser.get("/events").status_code == 401
 
 
 def test_a_release_published_by_another_process_reaches_the_ledger_and_the_notice_once(coordinator, tmp_path):
