@@ -103,8 +103,8 @@ def run_round(fleet: LocalFleet, *, heldout: Mapping[str, Path], dev: Mapping[st
     window.start()
     command = [
         sys.executable, "-m", "coordinator.cli", "round", "--store", str(fleet.store),
-        "--superlink", f"127.0.0.1:{fleet.plan.superlink_port}", "--superlink-keys", str(fleet.folder / "superlink"), "--deadline", str(COLLECT_DEADLINE_S), "--eta", f"1,{len(fleet.plan.sites)}",
-        "--seed", str(seed), "--json",
+        "--superlink", f"127.0.0.1:{fleet.plan.superlink_port}", "--superlink-keys", str(fleet.folder / "superlink"),
+        "--deadline", str(COLLECT_DEADLINE_S), "--eta", f"1,{len(fleet.plan.sites)}", "--seed", str(seed), "--json",
     ]  # fmt: skip
     for option, sets in (("--heldout", heldout), ("--dev", dev)):
         command += [part for name, path in sets.items() for part in (option, f"{name}={path}")]

@@ -178,6 +178,16 @@ class Answering:
         self._report(session, state, row, reply, now)
         return state
 
+    def unanswered(self, question: str) -> None:
+        """No peer could help with this question: the local answer stands, `unconfirmed`, without waiting for the deadline. Safe to repeat."""
+        now = self._clock()
+        with self.store.transaction() as session:
+            row = session.scalar(select(AnswerRow).where(AnswerRow.question == question, AnswerRow.state == "provisional"))
+            if row is not None:
+                _change(session, row, state="unconfirmed", by=row.by, answer=None, now=now)
+        if row is not None and self._watch is not None:
+            self._watch.changed("unconfirmed")
+
     def expire(self) -> int:
         """Mark provisional answers past their deadline `unconfirmed`; how many."""
         now = self._clock()

@@ -123,7 +123,7 @@ class Daemon:
         log.info("%s answers on %s", settings.node.name, self.server.url)
         self._load_at_start()
         if self.messaging:
-            self.messaging.start(apply=self.answering.apply, on_release=self._look.set)
+            self.messaging.start(apply=self.answering.apply, unanswered=self.answering.unanswered, on_release=self._look.set)
         if settings.update.url:
             self.updater = self._updater(root)
             self._spawn("milpa-update", self._update)

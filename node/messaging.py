@@ -75,11 +75,12 @@ class Messaging:
             self._server = Server(name, self.outbox, with_worker(worker), engine=store.engine, hop_limit=peers.hops, clock=clock)
             self.session.subscribe(topics.questions_to(name), self._server.heard)
 
-    def start(self, *, apply: Callable[[Reply], str], on_release: Callable[[], None]) -> None:
+    def start(self, *, apply: Callable[[Reply], str], unanswered: Callable[[str], None], on_release: Callable[[], None]) -> None:
         """Start all threads. Returns at once, broker or no broker.
 
         Args:
             apply: what a reply that stands does; see `Answering.apply`.
+            unanswered: what happens to a question nobody could help with; see `Answering.unanswered`.
             on_release: called when a release is announced. The notice carries no authority, so nothing of it is passed on.
         """
 
@@ -90,7 +91,7 @@ class Messaging:
 
         self.session.subscribe(topics.RELEASE, announced)
         if self.asker:
-            self.asker.apply = apply
+            self.asker.apply, self.asker.unanswered = apply, unanswered
         self.session.start()
         self._drain.start()
         self._voice.start()

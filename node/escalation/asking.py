@@ -65,6 +65,7 @@ class Asker:
     Args:
         apply: called with the reply that stands, outside any transaction; returns "refused" when the answer cannot be used
             (then the next peer is asked), anything else when it is settled. Must take the same reply twice: `Answering.apply`.
+        unanswered: called with the id of a question that no peer could help with, as soon as that is known: `Answering.unanswered`.
         votes: how many peers are asked at once; with more than one, `consensus` decides.
         patience: seconds.
     """
@@ -79,6 +80,7 @@ class Asker:
         presence: Presence,
         reporter: Reporter,
         apply: Callable[[Reply], str] | None = None,
+        unanswered: Callable[[str], None] | None = None,
         votes: int = VOTES,
         patience: float = PATIENCE_S,
         deadline_s: float = DEADLINE_S,
@@ -90,7 +92,7 @@ class Asker:
         if node in self.peers:
             raise BadInput(f"node {node!r} is named among its own peers; take it out of [peers] ask")
         self.outbox, self.engine, self.presence, self.reporter = outbox, engine, presence, reporter
-        self.apply = apply
+        self.apply, self.unanswered = apply, unanswered
         self.votes, self.patience = min(votes, len(self.peers)), patience
         self.deadline_s, self.clock = deadline_s, clock
         metadata.create_all(engine)
@@ -157,6 +159,8 @@ class Asker:
             chosen, over = self._weigh(question)
             outcome = self.apply(chosen) if chosen and self.apply else ""
             if over or (chosen and outcome != "refused"):
+                if over and self.unanswered:
+                    self.unanswered(question)
                 self._forget(question)
                 return
             if chosen is None:

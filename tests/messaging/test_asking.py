@@ -145,6 +145,20 @@ def test_when_every_peer_declines_the_last_refusal_is_told_once(site):
     assert site.asker.open == 0
 
 
+def test_a_question_nobody_can_help_with_is_told_at_once(site):
+    told = []
+    site.asker.unanswered = told.append
+    site.outcome = "refused"
+    site.ask()
+
+    site.hears("base", "gibberish")
+    assert told == []
+    site.hears("ridge", "more gibberish")
+
+    assert told == ["q1"]
+    assert site.asker.open == 0
+
+
 def test_an_answer_that_cannot_be_used_makes_room_for_the_next_peer(site):
     site.outcome = lambda reply: "refused" if reply.peer == "base" else "confirmed"
     site.ask()

@@ -119,6 +119,16 @@ def test_a_peer_that_declines_or_babbles_leaves_the_question_open(unsure: Any) -
     assert unsure.row(given.id).state == "provisional"
 
 
+def test_what_no_peer_can_help_with_stands_unconfirmed_at_once(unsure: Any) -> None:
+    given = unsure.answer()
+
+    unsure.answering.unanswered(unsure.asking.questions[0].id)
+
+    row = unsure.row(given.id)
+    assert (row.state, row.text) == ("unconfirmed", "leak: the pipe lost pressure")
+    assert unsure.answering.apply(reply_to(unsure.asking.questions[0], "dry-run: no water")) == "late"
+
+
 def test_past_the_deadline_the_local_answer_stands_unconfirmed(unsure: Any) -> None:
     given = unsure.answer()
     unsure.clock.now += 599
