@@ -179,7 +179,7 @@ class Answering:
         return state
 
     def unanswered(self, question: str) -> None:
-        """No peer could help with this question: the local answer stands, `unconfirmed`, without waiting for the deadline. Safe to repeat."""
+        """No peer could help with this question: the local answer stands, `unconfirmed`, before the deadline. Safe to repeat."""
         now = self._clock()
         with self.store.transaction() as session:
             row = session.scalar(select(AnswerRow).where(AnswerRow.question == question, AnswerRow.state == "provisional"))
