@@ -12,7 +12,7 @@ def distill(
     out: Path = typer.Option(..., help="Folder for teacher.gguf, student.gguf, student-f16.gguf and lineage.json."),
     task: str | None = typer.Option(None, help="With --records: the task, such as 'ranch'."),
     records: Path | None = typer.Option(None, help="Training records, one JSON object a line."),
-    pairs: Path | None = typer.Option(None, help="Training pairs: UTF-8, SOURCE<tab>TARGET, one a line."),
+    pairs: Path | None = typer.Option(None, help="Training pairs: UTF-8, source, a tab, target, one a line."),
     source: str = typer.Option("English", help="With --pairs: language of the first column."),
     target: str = typer.Option("Spanish", help="With --pairs: language of the second column."),
     teacher: Path | None = typer.Option(None, help="A Gemma 3 GGUF to start from; by default the packaged 270M model."),

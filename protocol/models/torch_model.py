@@ -91,16 +91,13 @@ def to_torch(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> G
 
 
 def from_torch(model: Gemma3ForCausalLM, like: Checkpoint, *, kind: str = "F16") -> Checkpoint:
-    """The model's weights under GGUF names, encoded as `kind`; a tensor that equals the one in `like` keeps its stored bytes."""
+    """The model's weights under GGUF names, encoded as `kind`; the embedding, frozen in all our training, keeps its stored bytes."""
     parameters = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {}
     for name, stored in like.tensors.items():
         weight = parameters[torch_name(name)].detach().float().numpy()
-        numbers = weight + 1.0 if "norm" in name else weight
-        if name == "token_embd.weight":  # frozen in all our training: the original bytes are the best copy
-            tensors[name] = stored
-        else:
-            tensors[name] = encode_tensor(np.asarray(numbers, dtype=np.float32), kind)
+        numbers = np.asarray(weight + 1.0 if "norm" in name else weight, dtype=np.float32)
+        tensors[name] = stored if name == "token_embd.weight" else encode_tensor(numbers, kind)
     return like.with_tensors(tensors)
 
 
