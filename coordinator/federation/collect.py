@@ -37,6 +37,7 @@ QUIET_S = 5.0  # without a list of expected sites: done when all asked have answ
 RECEIPT_S = 3.0  # for nodes to take their receipt before the run closes; without it they stay until their window ends
 GRACE_S = RECEIPT_S + 5.0  # past the deadline, for the child to close its run
 STOP_S = 2.0
+DIGEST_CHARACTERS = 16  # of a digest in a file's name
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -98,7 +99,7 @@ def collect(
     """
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
-    asked, answered = 0, {name for name in expected if any(folder.glob(f"{name}-*.json"))}
+    asked, answered = 0, {name for name in expected if has_reply(folder, name)}
     opened, failure = False, ""
     while (left := end - time.monotonic()) > 0:
         missing = tuple(sorted(set(expected) - answered))
@@ -128,6 +129,11 @@ def collect(
     if not opened:
         raise Unavailable(failure or f"no SuperLink answered at {address} within {seconds:g} s")
     return asked
+
+
+def has_reply(folder: Path, node: str) -> bool:
+    """Whether an adapter of that very site is in the folder ("esteli" is not "esteli-norte")."""
+    return any(folder.glob(f"{node}-{DIGEST_CHARACTERS * '[0-9a-f]'}.json"))
 
 
 def load(folder: Path) -> list[tuple[Reply, Flat | None]]:
@@ -259,7 +265,7 @@ def keep(folder: Path, payload: bytes | None, flat: Flat | None, error: int) -> 
         return Reply(node, "damaged", header=said.header, detail="the array is not the one its digest names")
     if said.header.site != node:
         return Reply(node, "malformed", header=said.header, detail="the header names another site than the reply")
-    stem = f"{node}-{digest[:16]}"
+    stem = f"{node}-{digest[:DIGEST_CHARACTERS]}"
     held = BytesIO()
     np.save(held, flat, allow_pickle=False)
     reply = Reply(node, "adapter", digest, f"{stem}.npy", said.header)

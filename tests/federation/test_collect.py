@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from coordinator.federation.admission import admit
-from coordinator.federation.collect import Reply, collect, keep, load
+from coordinator.federation.collect import Reply, collect, has_reply, keep, load
 from node.learn import stored
 from protocol.adapters import AdapterQuestion, AdapterReply
 from protocol.digests import digest_bytes
@@ -218,6 +218,14 @@ def test_the_same_reply_twice_is_one_adapter(tmp_path: Path) -> None:
         keep(tmp_path, *arrived(), 0)
 
     assert len(load(tmp_path)) == 1
+
+
+def test_a_neighbours_reply_is_not_taken_for_a_sites_own(tmp_path: Path) -> None:
+    header, flat = make("esteli-norte")
+    keep(tmp_path, msgspec.json.encode(AdapterReply("esteli-norte", "adapter", digest_bytes(flat.tobytes()), header)), flat, 0)
+
+    assert has_reply(tmp_path, "esteli-norte")
+    assert not has_reply(tmp_path, "esteli")
 
 
 @pytest.mark.parametrize(
