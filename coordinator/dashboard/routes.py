@@ -98,13 +98,17 @@ class Changes:
             await asyncio.sleep(POLL_S)
             if not self._watchers:
                 continue
-            with contextlib.suppress(Exception):  # the pages themselves say what is wrong with the ledger
+            try:
                 mark = await asyncio.to_thread(self._ledger.mark)
-                if mark != self._mark:
-                    self._mark = mark
-                    async with self._moved:
-                        self._version += 1
-                        self._moved.notify_all()
+            except Exception:  # the ledger is away; the pages say so, and the line must be live again when it is back
+                log.exception("cannot see whether the ledger moved; asking again in %g s", TICK_S)
+                await asyncio.sleep(TICK_S)
+                continue
+            if mark != self._mark:
+                self._mark = mark
+                async with self._moved:
+                    self._version += 1
+                    self._moved.notify_all()
 
     async def stream(self, alive: Callable[[], bool]) -> AsyncIterator[bytes]:
         """Server-sent events: `change` when something moved, `tick` now and then, until the session is over."""

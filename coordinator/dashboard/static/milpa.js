@@ -53,14 +53,20 @@
       live.classList.toggle("on", on);
       live.classList.toggle("cut", !on);
     };
-    const source = new EventSource("/events");
-    const word = () => { heard = Date.now(); say(true); };
-    source.addEventListener("change", () => { word(); refresh(); });
-    source.addEventListener("tick", () => { word(); refresh(); });
-    source.addEventListener("error", () => {
-      say(false);
-      if (source.readyState === EventSource.CLOSED) setTimeout(() => location.reload(), 5000);
-    });
+    let source = null;
+    const word = () => { heard = Date.now(); say(true); refresh(); };
+    const connect = () => {
+      const line = source = new EventSource("/events");
+      line.addEventListener("change", word);
+      line.addEventListener("tick", word);
+      line.addEventListener("error", () => {
+        say(false);
+        if (line.readyState === EventSource.CLOSED && line === source) setTimeout(() => location.reload(), 5000);
+      });
+    };
+    connect();
+    // a browser holds six connections to one address: pages nobody looks at give theirs back
+    document.addEventListener("visibilitychange", () => { source.close(); if (!document.hidden) connect(); });
     addEventListener("pagehide", () => source.close());
     addEventListener("pageshow", (event) => { if (event.persisted) location.reload(); });
   }
