@@ -74,6 +74,7 @@ class Plan:
     seed: int = 0
     blocks: int = 8  # the student's
     alpha: float = 0.5  # weight of the teacher's distribution
+    verdict: float = 4.0  # weight of a verdict's tokens in the loss; its sentence's count 1
     own: float = 1.0  # for each captured record, so many records more with their own targets, which the capture had no time for
     kind: str = DEFAULT_KIND  # of the student's file
     teacher_kind: str = "Q8_0"
@@ -184,13 +185,15 @@ def _correct(
 ) -> tuple[Path, dict[str, Any]]:
     recipe = _within(plan.correct, plan.budget.correct_s)
     checkpoint = Checkpoint.read(trimmed)
-    stage = Stage(work, "correct", [checkpoint.digest, task, digest_value(records), recipe, plan.seed])
+    stage = Stage(work, "correct", [checkpoint.digest, task, digest_value(records), recipe, plan.verdict, plan.seed])
     path = stage.folder / "corrected-f16.gguf"
     if stage.report is None:
         with Tokenizer(trimmed) as tokenizer:
             examples = [make_example(tokenizer, task, record) for record in records]
+            weights = distil.token_weights(tokenizer, task, examples, verdict=plan.verdict)
+        loss = distil.distillation_loss(examples, weights=weights)
         state = stage.folder / "train.state"
-        model, result = trained(checkpoint, examples, recipe, seed=plan.seed, progress=_steps(told, "correct"), state=state)
+        model, result = trained(checkpoint, examples, recipe, seed=plan.seed, loss=loss, progress=_steps(told, "correct"), state=state)
         model.write(path)
         state.unlink(missing_ok=True)
         stage.finish({"recipe": recipe, "training": result, "file_digest": model.digest})
@@ -230,7 +233,7 @@ def _distil(
 ) -> tuple[Path, dict[str, Any]]:
     recipe = _within(plan.student, plan.budget.student_s)
     checkpoint = Checkpoint.read(cut)
-    stage = Stage(work, "distil", [checkpoint.digest, captured.name, recipe, plan.alpha, plan.own, plan.seed])
+    stage = Stage(work, "distil", [checkpoint.digest, captured.name, recipe, plan.alpha, plan.own, plan.verdict, plan.seed])
     path = stage.folder / "student-f16.gguf"
     if stage.report is None:
         log = distil.read_log(captured / "captured.jsonl")
@@ -238,9 +241,10 @@ def _distil(
         others = [record for record in records if record.id not in asked][: round(plan.own * len(log))]
         with Tokenizer(cut) as tokenizer:
             examples += [make_example(tokenizer, task, record) for record in others]
+            weights = distil.token_weights(tokenizer, task, examples, verdict=plan.verdict)
         header = msgspec.json.decode((captured / "header.json").read_bytes(), type=CacheHeader)
         cache = TargetCache(captured, header)
-        loss = distil.distillation_loss(cache, examples, alpha=plan.alpha)
+        loss = distil.distillation_loss(examples, weights=weights, cache=cache, alpha=plan.alpha)
         state = stage.folder / "train.state"
         model, result = trained(checkpoint, examples, recipe, seed=plan.seed, loss=loss, progress=_steps(told, "distil"), state=state)
         cache.close()

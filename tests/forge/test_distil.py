@@ -8,7 +8,7 @@ import torch
 
 from coordinator.forge.cache import CacheHeader, TargetCache
 from coordinator.forge.correct import Recipe, trained
-from coordinator.forge.distil import capture, distillation_loss, examples_of, passes
+from coordinator.forge.distil import capture, distillation_loss, examples_of, passes, token_weights
 from coordinator.forge.student import block_influence, evenly
 from protocol.errors import BadInput
 from protocol.models.checkpoint import Checkpoint
@@ -95,10 +95,10 @@ def test_without_the_teacher_the_loss_is_cross_entropy_and_with_it_a_mix(taught:
     logits = torch.randn(len(batch.targets), len(Checkpoint.read(taught).vocabulary.tokens), generator=torch.Generator().manual_seed(1))
     plain = torch.nn.functional.cross_entropy(logits, batch.targets)
 
-    assert float(distillation_loss(cache, examples, alpha=0.0)(logits, batch)) == pytest.approx(float(plain), rel=1e-5)
-    assert float(distillation_loss(cache, examples, alpha=0.5)(logits, batch)) != pytest.approx(float(plain), rel=1e-3)
+    assert float(distillation_loss(examples, cache=cache, alpha=0.0)(logits, batch)) == pytest.approx(float(plain), rel=1e-5)
+    assert float(distillation_loss(examples, cache=cache, alpha=0.5)(logits, batch)) != pytest.approx(float(plain), rel=1e-3)
     alone = collate(examples, [1])
-    assert float(distillation_loss(cache, examples, alpha=0.5)(logits[:2], alone)) == pytest.approx(
+    assert float(distillation_loss(examples, cache=cache, alpha=0.5)(logits[:2], alone)) == pytest.approx(
         float(torch.nn.functional.cross_entropy(logits[:2], alone.targets)), rel=1e-5
     )
 
@@ -143,3 +143,19 @@ def test_a_block_that_does_nothing_has_no_influence(tiny: Path) -> None:
 
     assert idle == pytest.approx(0.0, abs=1e-5)
     assert busy > 0.001
+
+
+def test_the_code_counts_more_than_the_sentence_and_free_text_counts_evenly(tiny: Path) -> None:
+    record = Record(id="a", task="ranch", source="soil low", target="leak: the tank: empty", verdict="leak")
+    with Tokenizer(tiny) as tokenizer:
+        example = make_example(tokenizer, RANCH, record)
+        (weights,) = token_weights(tokenizer, RANCH, [example], verdict=4.0)
+        (even,) = token_weights(tokenizer, translation("English", "Spanish"), [example], verdict=4.0)
+        code = len(tokenizer.encode(" leak:", bos=False))
+
+    assert weights.tolist() == [4.0] * code + [1.0] * (len(example.target) - code)
+    assert set(even.tolist()) == {1.0}
+    batch, logits = collate([example], [0]), torch.randn(len(example.target), 600, generator=torch.Generator().manual_seed(1))
+    each = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+    expected = float((each * weights).sum() / weights.sum())
+    assert float(distillation_loss([example], weights=[weights])(logits, batch)) == pytest.approx(expected, rel=1e-5)
