@@ -1,1 +1,1 @@
-"""TODO."""
+"""`milpa-coordinator`, one file a command. Heavy imports happen inside the functions, so that `--help` is quick."""

@@ -19,7 +19,7 @@ CLEAR_MARGIN = 1.0  # nats between best and second token, everywhere: rounding o
 
 
 def publish(
-    store: Path = typer.Option(..., help="Folder of the release store; nodes read it through `serve`."),
+    store: Path = typer.Option(..., help="The coordinator's folder, as for `serve` and `round`; releases lie in its `repository`."),
     task: str = typer.Option("ranch", help="What the models answer: ranch, translate-english-spanish, ..."),
     model: Path | None = typer.Option(None, help="The students' GGUF."),
     adapter: Path | None = typer.Option(None, help="LoRA adapter (GGUF) for that model."),
@@ -40,18 +40,18 @@ def publish(
 
     Examples:
 
-        milpa-coordinator publish --store releases --init
+        milpa-coordinator publish --store store --init
 
-        milpa-coordinator publish --store releases --model student-q8.gguf --known dev.jsonl --evidence evidence.json
+        milpa-coordinator publish --store store --model student-q8.gguf --known dev.jsonl --evidence evidence.json
 
-        milpa-coordinator publish --store releases --model student-q8.gguf --adapter round-3.gguf --note "round 3: +4.1 points at esteli"
+        milpa-coordinator publish --store store --model student-q8.gguf --adapter round-3.gguf --note "round 3: +4.1 points at esteli"
     """
     from coordinator.fleet.publishing import Publisher, build_release
     from protocol.digests import digest_file
     from protocol.tasks import task_named
 
     found = task_named(task)
-    publisher = Publisher(store, keys=keys)
+    publisher = Publisher(store / "repository", keys=keys)
     if init:
         publisher.init()
     if model is None:

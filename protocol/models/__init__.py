@@ -1,1 +1,6 @@
-"""TODO."""
+"""Model files, the same for both sides. Importing this package loads nothing; torch only inside training's own modules.
+
+engine       llama.cpp: answers with log-probabilities, swaps adapters     tokenizer   llama.cpp's own, so that ids never differ
+checkpoint   GGUF <-> metadata, vocabulary, tensors; quantising            lora         the factors, on a model and as a GGUF adapter
+torch_model  a checkpoint as a torch model and back                        training     the one training loop
+"""

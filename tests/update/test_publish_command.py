@@ -28,7 +28,7 @@ def test_one_command_makes_a_store_and_publishes_into_it(tmp_path):
 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["number"] == 1
-    release = Publisher(tmp_path / "store").latest()
+    release = Publisher(tmp_path / "store" / "repository").latest()
     assert (release.min_memory_mb, release.note, len(release.files)) == (121, "first", 2)
 
 
@@ -37,7 +37,7 @@ def test_an_adapter_is_bound_to_the_model_beside_it(tmp_path):
 
     command("--store", tmp_path / "store", "--init", "--model", model, "--adapter", adapter)
 
-    release = Publisher(tmp_path / "store").latest()
+    release = Publisher(tmp_path / "store" / "repository").latest()
     assert release.file("student", "adapter").base_digest == release.file("student", "model").digest
 
 
