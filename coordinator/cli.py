@@ -9,7 +9,10 @@ from protocol.console import run
 COMMANDS = ("ranch", "distill", "evaluate", "publish", "round", "superlink", "serve")
 
 app = typer.Typer(
-    no_args_is_help=True, help="Distil, prove, sign and release models for a fleet, and merge what it learned.", rich_markup_mode="markdown"
+    pretty_exceptions_enable=False,  # a traceback with local values would show secrets in a log
+    no_args_is_help=True,
+    help="Distil, prove, sign and release models for a fleet, and merge what it learned.",
+    rich_markup_mode="markdown",
 )
 
 

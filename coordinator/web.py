@@ -7,6 +7,7 @@ Plain HTTP: across machines it belongs inside a VPN or behind a proxy that ends 
 import ipaddress
 import logging
 import socket
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -15,8 +16,10 @@ import uvicorn
 from coordinator.app import Coordinator
 from coordinator.dashboard.routes import Changes
 from coordinator.settings import CoordinatorSettings
-from protocol.errors import BadInput, PortInUse
+from protocol.errors import BadInput, PortInUse, Unavailable
 
+DATABASE_DEADLINE_S = 60.0  # PostgreSQL's own recovery after a power cut takes seconds
+DATABASE_AGAIN_S = 1.0
 GRACE_S = 5  # seconds that requests under way get when we are told to stop
 
 log = logging.getLogger(__name__)
@@ -69,7 +72,7 @@ def run(settings: CoordinatorSettings, *, ready: Callable[[str], None]) -> None:
                 "listening on %s without TLS: passwords can be read on the way; put a TLS proxy in front and set web.tls_elsewhere",
                 settings.web.host,
             )
-        coordinator = Coordinator(settings)
+        coordinator = _built(settings)
         config = uvicorn.Config(
             coordinator.app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=GRACE_S, lifespan="on"
         )
@@ -80,6 +83,19 @@ def run(settings: CoordinatorSettings, *, ready: Callable[[str], None]) -> None:
         server.run(sockets=[made])
     finally:
         made.close()
+
+
+def _built(settings: CoordinatorSettings) -> Coordinator:
+    """The coordinator, once its database answers: after a power cut it may start later than we do."""
+    end = time.monotonic() + DATABASE_DEADLINE_S
+    while True:
+        try:
+            return Coordinator(settings)
+        except Unavailable as error:
+            if time.monotonic() > end:
+                raise
+            log.warning("%s; trying again", error)
+            time.sleep(DATABASE_AGAIN_S)
 
 
 def is_loopback(host: str) -> bool:

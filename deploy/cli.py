@@ -13,7 +13,10 @@ from protocol.errors import BadInput
 from protocol.settings import Origin, load
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="markdown", help="A whole Milpa fleet on this machine: real processes, loopback only."
+    pretty_exceptions_enable=False,  # a traceback with local values would show secrets in a log
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="A whole Milpa fleet on this machine: real processes, loopback only.",
 )
 config_app = typer.Typer(no_args_is_help=True, help="Settings and where each comes from.")
 app.add_typer(config_app, name="config")

@@ -12,7 +12,10 @@ from protocol.console import print_json, print_origins, run, stderr
 LEARNING = ("learn", "sync")  # commands of the training process
 
 app = typer.Typer(
-    no_args_is_help=True, help="A site node: answers alone, learns at home, asks a peer when unsure.", rich_markup_mode="markdown"
+    pretty_exceptions_enable=False,  # a traceback with local values would show secrets in a log
+    no_args_is_help=True,
+    help="A site node: answers alone, learns at home, asks a peer when unsure.",
+    rich_markup_mode="markdown",
 )
 config = typer.Typer(no_args_is_help=True, help="Settings and where each comes from.")
 app.add_typer(config, name="config")

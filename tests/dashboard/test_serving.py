@@ -15,11 +15,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from coordinator import web
 from coordinator.app import Watch
 from coordinator.fleet.publishing import Publisher, build_release
-from coordinator.settings import load_settings
+from coordinator.settings import CoordinatorSettings, LedgerSection, load_settings
 from coordinator.web import is_loopback, listen
-from protocol.errors import BadInput, PortInUse, UnknownName
+from protocol.errors import BadInput, PortInUse, Unavailable, UnknownName
 from protocol.messages import Status
 from tests.dashboard.conftest import Serving, form_token
 from tests.dashboard.seed import NOW
@@ -206,3 +207,26 @@ def test_serve_starts_says_where_it_is_and_stops_in_good_order(tmp_path):
             rest = process.stderr.read()
             process.wait(30)
     assert "Traceback" not in rest
+
+
+def test_a_database_that_comes_up_later_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([Unavailable("the ledger does not answer"), Unavailable("the ledger does not answer"), "built"])
+
+    def coordinator(_: object) -> object:
+        answer = next(answers)
+        if isinstance(answer, Unavailable):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(web, "Coordinator", coordinator)
+    monkeypatch.setattr(web, "DATABASE_AGAIN_S", 0.0)
+
+    assert web._built(CoordinatorSettings()) == "built"
+
+
+def test_a_database_that_never_comes_up_is_told_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "DATABASE_DEADLINE_S", 0.0)
+    settings = CoordinatorSettings(ledger=LedgerSection(url="postgresql://milpa@127.0.0.1:1/milpa"))
+
+    with pytest.raises(Unavailable, match="does not answer"):
+        web._built(settings)
