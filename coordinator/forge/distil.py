@@ -112,7 +112,7 @@ def examples_of(captured: Sequence[Captured]) -> list[Example]:
 def token_weights(tokenizer: Tokenizer, task: Task, examples: Sequence[Example], *, verdict: float) -> list[torch.Tensor]:
     """How much each target token counts: `verdict` up to the code's colon, 1 after it; 1 everywhere for free text.
 
-    The code is one or two tokens of seventeen, and what is hard about them all; the choice of words after it is mostly noise.
+    The code is one or two tokens of seventeen, and what is hard about them all.
     """
     (colon,) = tokenizer.encode(":", bos=False)
     found = []
