@@ -93,9 +93,11 @@ class Ledger:
             raise BadInput(f"ledger.url names {parsed.get_backend_name()!r}; the ledger speaks sqlite and postgresql")
         self.where = parsed.render_as_string(hide_password=True)
         if parsed.get_backend_name() == "postgresql":
+            # without a client encoding, a database made under the C locale (SQL_ASCII) would hand out bytes for text
             self.engine = sa.create_engine(
-                parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True, connect_args={"connect_timeout": 10}
-            )
+                parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True,
+                connect_args={"connect_timeout": 10, "client_encoding": "utf8"},
+            )  # fmt: skip
         else:
             self._file = Path(parsed.database or "")
             self.engine = sa.create_engine(parsed, connect_args={"check_same_thread": False, "timeout": BUSY_S})
