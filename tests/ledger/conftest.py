@@ -43,7 +43,7 @@ def postgres_server() -> Iterator[str]:
         identity = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
     data = folder / "data"
     subprocess.run(
-        [programs / "initdb", "-D", data, "-U", "milpa", "-A", "trust", "-E", "SQL_ASCII", "--locale=C", "--no-sync"],  # the hardest: what a plain initdb makes
+        [programs / "initdb", "-D", data, "-U", "milpa", "-A", "trust", "-E", "SQL_ASCII", "--locale=C", "--no-sync"],  # the hardest
         check=True, capture_output=True, timeout=60, cwd="/", **identity,
     )  # fmt: skip
     with socket.socket() as probe:
