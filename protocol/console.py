@@ -2,18 +2,20 @@
 
 import errno
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from protocol.errors import BadInput, MilpaError, NotEnough
 from protocol.settings import Origin
 
 stderr = Console(stderr=True)
+TOLD_EVERY_S = 15.0  # between two lines of progress in a log
 
 
 def run(app: typer.Typer) -> None:
@@ -44,8 +46,27 @@ def print_json(value: Any) -> None:
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(value)).decode() + "\n")
 
 
+class _Lines(Progress):
+    """Progress for a log: a line now and then instead of a moving bar."""
+
+    def __init__(self) -> None:
+        super().__init__(console=stderr, disable=True)
+        self._told = time.monotonic()
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        """As Progress.update; tells at most every TOLD_EVERY_S seconds."""
+        super().update(task_id, **fields)
+        if time.monotonic() - self._told >= TOLD_EVERY_S:
+            self._told = time.monotonic()
+            task = self.tasks[self.task_ids.index(task_id)]
+            share = f" {task.percentage:.0f}%" if task.total else ""
+            stderr.print(f"  {task.description.strip()}{share}", markup=False, highlight=False, soft_wrap=True)
+
+
 def progress_bar() -> Progress:
     """A progress display on stderr, gone when done; plain lines where there is no terminal."""
+    if not stderr.is_terminal:
+        return _Lines()
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         console=stderr, transient=True,
