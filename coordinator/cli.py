@@ -1,5 +1,6 @@
 """`milpa-coordinator`: the command line of the coordinator. Each command lives in `commands/`; heavy imports happen inside it."""
 
+import functools
 import importlib
 
 import typer
@@ -16,15 +17,21 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Entry point: one clear line and an exit code for every error that a person can act on."""
+@functools.cache
+def complete() -> typer.Typer:
+    """The program with all its commands."""
     for name in COMMANDS:
         module = importlib.import_module(f"coordinator.commands.{name}")
         app.command(name)(getattr(module, name))
     config = typer.Typer(no_args_is_help=True, help="Settings and where each comes from.")
     config.command("show")(importlib.import_module("coordinator.commands.config").show)
     app.add_typer(config, name="config")
-    run(app)
+    return app
+
+
+def main() -> None:
+    """Entry point: one clear line and an exit code for every error that a person can act on."""
+    run(complete())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`milpa-node`: the command line of a node. Heavy imports happen inside the commands; `learn` and `sync` live in node/learn/commands.py."""
 
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -192,12 +193,18 @@ def _plain(value: Any) -> str:
     return str(value) if value not in ("", None) else "-"
 
 
-def main() -> None:
-    """Entry point: one clear line and an exit code for every error that a person can act on."""
+@functools.cache
+def complete() -> typer.Typer:
+    """The program with all its commands."""
     module = importlib.import_module("node.learn.commands")
     for name in LEARNING:
         app.command(name)(getattr(module, name))
-    run(app)
+    return app
+
+
+def main() -> None:
+    """Entry point: one clear line and an exit code for every error that a person can act on."""
+    run(complete())
 
 
 if __name__ == "__main__":
