@@ -128,8 +128,8 @@ class Run:
             fleet.prepare(sites=tuple(self.topics), task=TASK.name)
             if fleet.publisher().latest() is None:
                 loop.publish_student(
-                    fleet, TASK, self.work / "model", student=student, teacher=teacher, judged=judged, dev=on_dev, dev_records=dev,
-                    calibration=calibration, evidence=bundle, seed=self.seed,
+                    fleet, TASK, self.made, self.work / "model", judged=judged, dev=on_dev, dev_records=dev, calibration=calibration,
+                    evidence=bundle,
                 )  # fmt: skip
             fleet.start()
             fleet.wait_for_release(1, deadline_s=120)

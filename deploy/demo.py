@@ -42,8 +42,9 @@ class Size(msgspec.Struct, frozen=True):
     """How much of everything: the default fits 15 minutes on two cores."""
 
     train: int = 4_000  # general records offered to the distillation; its budget of seconds decides how many are seen
-    dev: int = 240  # for calibration
+    dev: int = 200  # for calibration
     test: int = 240  # for evidence
+    general: int = 120  # of those, to see that a merge loses nothing general; and half as many of dev to choose its scale
     season: int = 200  # records a site, in each season
     scale: int = 60  # a site, to choose the merge's scale
     gate: int = 140  # a site, to judge the merge
@@ -53,7 +54,9 @@ class Size(msgspec.Struct, frozen=True):
 
 SIZES = {
     "default": Size(),
-    "tiny": Size(train=200, dev=40, test=40, season=40, scale=20, gate=20, budget="60"),  # the same path in a few minutes: shows nothing
+    "tiny": Size(
+        train=200, dev=40, test=40, general=40, season=40, scale=20, gate=20, budget="60"
+    ),  # the same path in a few minutes: shows nothing
 }
 
 
@@ -127,6 +130,7 @@ class Demo:
                 held = generate(site, seed=self.seed, count=self.size.scale + self.size.gate, split="dev")
                 found[f"{name} scale"], found[f"{name} gate"] = held[: self.size.scale], held[self.size.scale :]
                 found[f"{name} season 2"] = generate(site, seed=self.seed, count=self.size.season, split="test")
+            found["general gate"], found["general scale"] = found["test"][: self.size.general], found["dev"][: self.size.general // 2]
             for name, rows in found.items():
                 loop.write_records(self._record_file(name), rows)
         return found
@@ -177,9 +181,8 @@ class Demo:
         with self._stage("sign and publish release 1"):
             self.fleet.prepare(sites=self.sites, peer=PEER, web_port=self.web_port)
             loop.publish_student(
-                self.fleet, RANCH, self.run_dir / "models", student=Path(made["student"]), teacher=Path(made["teacher"]),
-                judged=proof["models"]["student"], dev=proof["dev"], dev_records=records["dev"], calibration=proof["calibration"],
-                evidence=proof["bundle"], seed=self.seed,
+                self.fleet, RANCH, made, self.run_dir / "models", judged=proof["models"]["student"], dev=proof["dev"],
+                dev_records=records["dev"], calibration=proof["calibration"], evidence=proof["bundle"],
             )  # fmt: skip
 
     def _bring_up(self) -> None:
@@ -206,8 +209,8 @@ class Demo:
         with self._stage("round: collect, admit, merge, judge"):
             return loop.run_round(
                 self.fleet, seed=self.seed,
-                heldout={"general": self._record_file("test")} | {name: self._record_file(f"{name} gate") for name in self.sites},
-                dev={"general": self._record_file("dev")} | {name: self._record_file(f"{name} scale") for name in self.sites},
+                heldout={"general": self._record_file("general gate")} | {name: self._record_file(f"{name} gate") for name in self.sites},
+                dev={"general": self._record_file("general scale")} | {name: self._record_file(f"{name} scale") for name in self.sites},
             )  # fmt: skip
 
     def _report(

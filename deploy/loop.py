@@ -28,7 +28,6 @@ from protocol.errors import MilpaError, Unavailable
 from protocol.releases import Kind, Role
 from protocol.tasks import Record, Task
 
-RANK = 8  # of a site's adapter; the merge of two has rank 16
 LEARN_DEADLINE_S = 900.0
 ROUND_DEADLINE_S = 900.0
 COLLECT_DEADLINE_S = 120.0
@@ -38,37 +37,30 @@ SETTLE_DEADLINE_S = 300.0
 def publish_student(
     fleet: LocalFleet,
     task: Task,
+    made: Mapping[str, Any],
     folder: Path,
     *,
-    student: Path,
-    teacher: Path,
     judged: Evaluation,
     dev: Evaluation,
     dev_records: Sequence[Record],
     calibration: Calibration,
     evidence: Mapping[str, Any],
-    seed: int,
 ) -> None:
     """Sign and publish release 1: the student for the sites, the teacher for the base station.
 
     Args:
-        folder: gets the initial adapter, calibration and evidence beside the models.
+        made: what `milpa-coordinator distill --json` printed.
+        folder: gets calibration and evidence.
         judged: the student's evaluation on held-out records; `dev`: on `dev_records`, from which known answers are taken.
     """
-    from protocol.models.checkpoint import Checkpoint
-    from protocol.models.lora import initial_adapter, write_adapter_gguf
-
-    # every site starts its LoRA from the same factors: independent starts could not be merged
-    initial = folder / "initial-adapter.gguf"
-    write_adapter_gguf(initial, *initial_adapter(Checkpoint.read(student), rank=RANK, alpha=2.0 * RANK, seed=seed))
     write_atomically(folder / "calibration.json", codec.encode(calibration))
     write_atomically(folder / "evidence.json", codec.encode(evidence))
     files: list[tuple[Role, Kind, Path, str]] = [
-        ("student", "model", student, ""),
-        ("student", "initial-adapter", initial, judged.model_digest),
+        ("student", "model", Path(made["student"]), ""),
+        ("student", "initial-adapter", Path(made["initial_adapter"]), judged.model_digest),
         ("student", "calibration", folder / "calibration.json", judged.model_digest),
         ("student", "evidence", folder / "evidence.json", ""),
-        ("teacher", "model", teacher, ""),
+        ("teacher", "model", Path(made["teacher"]), ""),
     ]
     release, paths = build_release(
         1, task.name, files, note="distilled on the general corpus", min_memory_mb=int(judged.peak_rss_mb) + 1,

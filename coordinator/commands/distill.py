@@ -9,7 +9,7 @@ from protocol.errors import BadInput
 
 
 def distill(
-    out: Path = typer.Option(..., help="Folder for teacher.gguf, student.gguf, student-f16.gguf and lineage.json."),
+    out: Path = typer.Option(..., help="Folder for teacher.gguf, student.gguf, student-f16.gguf, initial-adapter.gguf and lineage.json."),
     task: str | None = typer.Option(None, help="With --records: the task, such as 'ranch'."),
     records: Path | None = typer.Option(None, help="Training records, one JSON object a line."),
     pairs: Path | None = typer.Option(None, help="Training pairs: UTF-8, source, a tab, target, one a line."),
@@ -64,7 +64,13 @@ def distill(
     stderr.print(f"weights derive from the teacher's, under its terms: {licence['name']} {licence['file']}", markup=False, highlight=False)
     if as_json:
         print_json(
-            {"teacher": str(made.teacher), "student": str(made.student), "student_float": str(made.student_float), "lineage": made.lineage}
+            {
+                "teacher": str(made.teacher),
+                "student": str(made.student),
+                "student_float": str(made.student_float),
+                "initial_adapter": str(made.initial_adapter),
+                "lineage": made.lineage,
+            }
         )
         return
     stderr.print(

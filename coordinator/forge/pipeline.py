@@ -24,6 +24,7 @@ from protocol.blobs import write_atomically
 from protocol.digests import digest_file, digest_value
 from protocol.errors import BadInput, NotEnough
 from protocol.models.checkpoint import Checkpoint
+from protocol.models.lora import initial_adapter, write_adapter_gguf
 from protocol.models.tokenizer import Tokenizer, make_example
 from protocol.models.torch_model import best_dtype, to_torch, use_threads
 from protocol.models.training import Step
@@ -31,6 +32,7 @@ from protocol.tasks import Record, Task
 
 VERSION = 1  # raise it when a stage computes something else from the same inputs
 STAGES = ("trim", "correct", "cut", "capture", "distil", "export")
+RANK = 8  # of a site's adapter; the merge of two has rank 16
 HELD_BACK = 500  # texts that the counting corpus does not see, to report coverage on
 
 Progress = Callable[[str, float, str], None]  # stage, share done in [0, 1], a few words
@@ -90,6 +92,7 @@ class Forged(msgspec.Struct, frozen=True):
     teacher: Path  # corrected, quantised
     student: Path  # quantised
     student_float: Path  # F16
+    initial_adapter: Path  # what every site's LoRA starts from: independent starts cannot be merged
     lineage: dict[str, Any]  # per stage: digest, seconds, figures; the sources' digests, the licence
 
 
@@ -271,7 +274,10 @@ def _export(out: Path, *, corrected: Path, student: Path, plan: Plan, lineage: d
     told("export", 0.5, plan.kind)
     teacher_float, teacher_file = export(Checkpoint.read(corrected), staging, name="teacher", kind=plan.teacher_kind)
     teacher_float.unlink()
-    files = {path.name: {"digest": digest_file(path), "bytes": path.stat().st_size} for path in (teacher_file, student_file, student_float)}
+    start = staging / "initial-adapter.gguf"
+    write_adapter_gguf(start, *initial_adapter(Checkpoint.read(student_file), rank=RANK, alpha=2.0 * RANK, seed=plan.seed))
+    made = (teacher_file, student_file, student_float, start)
+    files = {path.name: {"digest": digest_file(path), "bytes": path.stat().st_size} for path in made}
     lineage["export"] = {"seconds": round(time.monotonic() - began, 1), "student": plan.kind, "teacher": plan.teacher_kind, "files": files}
     write_atomically(staging / "lineage.json", msgspec.json.format(msgspec.json.encode(lineage)))
     out.mkdir(parents=True, exist_ok=True)
@@ -279,7 +285,8 @@ def _export(out: Path, *, corrected: Path, student: Path, plan: Plan, lineage: d
         path.replace(out / path.name)
     staging.rmdir()
     told("export", 1.0, "done")
-    return Forged(out / teacher_file.name, out / student_file.name, out / student_float.name, lineage)
+    teacher, student_out, float_out, start = (out / path.name for path in made)
+    return Forged(teacher, student_out, float_out, start, lineage)
 
 
 def _within(recipe: Recipe, seconds: float) -> Recipe:
