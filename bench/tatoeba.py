@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--budget", default="1800", help="wall-clock seconds of training")
     parser.add_argument("--train", type=int, default=40_000, help="pairs offered to the training")
     parser.add_argument("--work", type=Path, default=Path("var/tatoeba"))
+    parser.add_argument("--threads", type=int, default=2, help="of the training; 1 on a machine that is not yours alone")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", choices=("table", "sites"))
     run = Run(**vars(parser.parse_args()))
@@ -66,8 +67,8 @@ def main() -> None:
 class Run:
     """One run; `keep` remembers each part's result in the work folder."""
 
-    def __init__(self, *, data: Path, budget: str, train: int, work: Path, seed: int, only: str | None) -> None:
-        self.data, self.budget, self.seed, self.only = data, budget, seed, only
+    def __init__(self, *, data: Path, budget: str, train: int, threads: int, work: Path, seed: int, only: str | None) -> None:
+        self.data, self.budget, self.threads, self.seed, self.only = data, budget, threads, seed, only
         self.work = work / f"budget-{budget}-seed-{seed}"
         self.work.mkdir(parents=True, exist_ok=True)
         self.general, self.topics = split(data / "train.tsv", count=train, seed=seed)
@@ -81,7 +82,7 @@ class Run:
         command = [
             sys.executable, "-m", "coordinator.cli", "distill", "--pairs", str(file), "--source", "English", "--target", "Spanish",
             "--budget", self.budget, "--work", str(self.work / "stages"), "--out", str(self.work / "model"), "--seed", str(self.seed),
-            "--json",
+            "--threads", str(self.threads), "--json",
         ]  # fmt: skip
         return self.keep("distil", lambda: loop.json_of(command, deadline_s=4 * 3600.0))
 

@@ -65,7 +65,7 @@ class Budget:
         return cls(name, 0.52 * seconds, 0.15 * seconds, 0.33 * seconds)
 
 
-PRESETS = {"demo": Budget("demo", 240.0, 70.0, 150.0), "hour": Budget("hour", 1800.0, 500.0, 1100.0)}
+PRESETS = {"demo": Budget("demo", 225.0, 40.0, 165.0), "hour": Budget("hour", 1800.0, 500.0, 1100.0)}
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ class Plan:
     budget: Budget
     seed: int = 0
     blocks: int = 8  # the student's
-    alpha: float = 0.5  # weight of the teacher's distribution
+    alpha: float = 0.1  # weight of the teacher's distribution: what a teacher of minutes is sure of is often wrong (docs/log.md)
     verdict: float = 1.0  # weight of a verdict's tokens in the loss; 4 made no difference to accuracy (docs/log.md)
-    own: float = 1.0  # for each captured record, so many records more with their own targets, which the capture had no time for
+    own: float = 3.0  # for each captured record, so many records more with their own targets, which the capture had no time for
     kind: str = DEFAULT_KIND  # of the student's file
     teacher_kind: str = "Q8_0"
     frequent: int = FREQUENT
     threads: int = 2  # more than the idle cores of the machine makes it slower, not faster
-    correct: Recipe = field(default_factory=Recipe)
+    correct: Recipe | None = None  # None: the upper half of the blocks whole, which learns faster than LoRA on all (docs/log.md)
     student: Recipe = field(default_factory=lambda: Recipe(mode="full", learning_rate=5e-4))
 
 
@@ -186,8 +186,9 @@ def _trim(
 def _correct(
     task: Task, records: Sequence[Record], *, work: Path, trimmed: Path, plan: Plan, told: Progress
 ) -> tuple[Path, dict[str, Any]]:
-    recipe = _within(plan.correct, plan.budget.correct_s)
     checkpoint = Checkpoint.read(trimmed)
+    upper_half = Recipe(mode="full", learning_rate=3e-4, first_block=checkpoint.blocks // 2)
+    recipe = _within(plan.correct or upper_half, plan.budget.correct_s)
     stage = Stage(work, "correct", [checkpoint.digest, task, digest_value(records), recipe, plan.verdict, plan.seed])
     path = stage.folder / "corrected-f16.gguf"
     if stage.report is None:

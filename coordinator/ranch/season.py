@@ -106,7 +106,9 @@ def _simulate(plot: Plot) -> Season:
 
 
 def _weather(plot: Plot) -> Any:
-    from aquacrop.utils import get_filepath, prepare_weather
+    # from their own modules: the package offers them only when no "-m" is among the program's arguments
+    from aquacrop.utils.data import get_filepath
+    from aquacrop.utils.prepare_weather import prepare_weather
 
     frame = prepare_weather(get_filepath(f"{plot.weather}_climate.txt"))
     years = frame["Date"].dt.year
@@ -115,7 +117,11 @@ def _weather(plot: Plot) -> Any:
 
 def _water(plot: Plot, weather: Any, *, irrigated: bool) -> tuple[Any, Days, Days]:
     """AquaCrop over all the plot's years: daily fluxes, soil water at 10-30 cm, and the soil's three marks there."""
-    from aquacrop import AquaCropModel, Crop, InitialWaterContent, IrrigationManagement, Soil
+    from aquacrop.core import AquaCropModel
+    from aquacrop.entities.crop import Crop
+    from aquacrop.entities.inititalWaterContent import InitialWaterContent
+    from aquacrop.entities.irrigationManagement import IrrigationManagement
+    from aquacrop.entities.soil import Soil
 
     model = AquaCropModel(
         f"{plot.first_year}/01/01", f"{plot.last_year}/12/31", weather, Soil(plot.soil), Crop(plot.crop, planting_date=plot.planting),

@@ -257,7 +257,8 @@ def quantise(source: Path, target: Path, kind: str, *, threads: int = 2) -> None
     """
     import llama_cpp
 
-    _quiet()
+    import protocol.models.llama_log  # noqa: F401  # keeps llama.cpp off stderr
+
     prefix = "LLAMA_FTYPE_MOSTLY_"
     kinds = {name.removeprefix(prefix): value for name, value in vars(llama_cpp).items() if name.startswith(prefix)}
     known(kind, kinds, what="file type")
@@ -284,23 +285,3 @@ def _settle(part: Path, path: Path) -> None:
         os.fsync(file.fileno())
     part.replace(path)
     sync_folder(path.parent)
-
-
-def _quiet() -> None:
-    """Stop llama.cpp from printing to stderr."""
-    import llama_cpp
-
-    llama_cpp.llama_log_set(_NO_LOG, ctypes.c_void_p(0))
-
-
-def _make_no_log() -> Any:
-    import llama_cpp
-
-    @llama_cpp.llama_log_callback
-    def no_log(level: int, text: bytes, data: Any) -> None:
-        del level, text, data
-
-    return no_log
-
-
-_NO_LOG = _make_no_log()  # kept here: llama.cpp calls it for as long as the process lives

@@ -14,7 +14,6 @@ import codecs
 import ctypes
 import threading
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,23 +24,13 @@ from numpy.typing import NDArray
 
 from protocol.digests import digest_file
 from protocol.errors import BadInput, DoesNotFit, NotEnough, Unavailable
+from protocol.models.llama_log import forget, said
 
 PIECE_BYTES = 256  # longest token text read at first; a longer one is read again with the length llama.cpp asks for
 UBATCH = 256  # tokens computed at once; larger costs memory and gains nothing on prompts of this size
 FLOOR = np.float32(-100.0)  # log-probabilities below the top by more than this are exp() == 0 in float32
 
-_complaints: deque[str] = deque(maxlen=8)  # last errors of llama.cpp, for our own error messages
-
-
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator,unused-ignore]
-def _listen(level: int, text: bytes, _user: Any) -> None:
-    """Keep llama.cpp's complaints and print nothing. Level 4 is an error (ggml.h; llama-cpp-python's own table is older)."""
-    if level == 4 and text and text.strip():
-        _complaints.append(text.decode("utf-8", "replace").strip())
-
-
 llama_cpp.llama_backend_init()
-llama_cpp.llama_log_set(_listen, ctypes.c_void_p(0))  # `_listen` is a module global, so it lives as long as the library calls it
 
 
 class Generation(msgspec.Struct, frozen=True):
@@ -92,10 +81,10 @@ class Engine:
     def _load(self, model: Path) -> None:
         wanted = llama_cpp.llama_model_default_params()
         wanted.n_gpu_layers = 0
-        _complaints.clear()
+        forget()
         self._model = llama_cpp.llama_model_load_from_file(str(model).encode(), wanted)
         if not self._model:
-            raise BadInput(f"{model} does not load as a model{_said()}")
+            raise BadInput(f"{model} does not load as a model{said()}")
         self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
         self._size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
 
@@ -110,7 +99,7 @@ class Engine:
         wanted.no_perf = True
         self._context = llama_cpp.llama_init_from_model(self._model, wanted)
         if not self._context:
-            raise NotEnough(f"no memory for a context of {self.context} tokens for {self.path.name}; try a smaller one{_said()}")
+            raise NotEnough(f"no memory for a context of {self.context} tokens for {self.path.name}; try a smaller one{said()}")
         self._memory: Any = llama_cpp.llama_get_memory(self._context)
 
     def generate(self, prompt: str, *, max_new_tokens: int) -> Generation:
@@ -126,7 +115,7 @@ class Engine:
             raise BadInput(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         with self._lock:
             self._need_open()
-            _complaints.clear()
+            forget()
             ids = self._tokenize(prompt)
             if len(ids) >= self.context:
                 raise BadInput(f"the prompt has {len(ids)} tokens, the model reads at most {self.context - 1}; shorten the record")
@@ -177,17 +166,17 @@ class Engine:
             if path is not None:
                 check_gguf(path)
                 digest = digest_file(path)
-                _complaints.clear()
+                forget()
                 fresh = llama_cpp.llama_adapter_lora_init(self._model, str(path).encode())
                 if not fresh:
-                    raise DoesNotFit(f"adapter {path.name} is not for {self.path.name}{_said()}")
+                    raise DoesNotFit(f"adapter {path.name} is not for {self.path.name}{said()}")
             adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(fresh) if fresh else None
             scales = (ctypes.c_float * 1)(1.0) if fresh else None
             code = llama_cpp.llama_set_adapters_lora(self._context, adapters, 1 if fresh else 0, scales)
             if code != 0:
                 if fresh:
                     llama_cpp.llama_adapter_lora_free(fresh)
-                raise DoesNotFit(f"llama.cpp does not put adapter {path} on {self.path.name} (code {code}){_said()}")
+                raise DoesNotFit(f"llama.cpp does not put adapter {path} on {self.path.name} (code {code}){said()}")
             if self._adapter:
                 llama_cpp.llama_adapter_lora_free(self._adapter)
             self._adapter, self.adapter_digest = fresh, digest
@@ -232,7 +221,7 @@ class Engine:
         array = (llama_cpp.llama_token * len(ids))(*ids)
         code = llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(array, len(ids)))
         if code != 0:
-            raise NotEnough(f"llama.cpp could not compute {len(ids)} tokens (code {code}){_said()}")
+            raise NotEnough(f"llama.cpp could not compute {len(ids)} tokens (code {code}){said()}")
 
     def _logits(self) -> NDArray[np.float32]:
         """Logits of the last position: (vocabulary,), a view that the next decode overwrites."""
@@ -287,8 +276,3 @@ def _need_memory(model: Path) -> None:
     size = model.stat().st_size
     if free is not None and size > free:
         raise NotEnough(f"{model.name} needs {size >> 20} MiB of memory, {free >> 20} MiB are free; use a smaller model")
-
-
-def _said() -> str:
-    """llama.cpp's first complaint since the list was cleared (the later ones only pass it on), for the end of a sentence."""
-    return f" (llama.cpp: {_complaints[0]})" if _complaints else ""

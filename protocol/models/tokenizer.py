@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import llama_cpp
 
+import protocol.models.llama_log  # noqa: F401  # keeps llama.cpp off stderr
 from protocol.errors import BadInput, MalformedMessage
 from protocol.tasks import Record, Task
 
@@ -34,7 +35,6 @@ class Tokenizer:
         """
         if not model.is_file():
             raise BadInput(f"model file {model} does not exist")
-        _silence()
         parameters = llama_cpp.llama_model_default_params()
         parameters.vocab_only = True
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(model), parameters)
@@ -86,12 +86,3 @@ def make_example(tokenizer: Tokenizer, task: Task, record: Record) -> Example:
     """
     target = tokenizer.encode(task.target(record), bos=False)
     return Example(tokenizer.encode(task.prompt(record), bos=True), [*target, tokenizer.eos])
-
-
-def _silence() -> None:
-    llama_cpp.llama_log_set(_no_log, ctypes.c_void_p(0))
-
-
-@llama_cpp.llama_log_callback
-def _no_log(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-    """Receive llama.cpp's log lines and drop them; must live as long as the process."""

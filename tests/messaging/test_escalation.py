@@ -50,7 +50,7 @@ class Member:
 
     def start(self):
         self.worker.start()
-        self.messaging.start(apply=self.answering.apply, on_release=lambda: None)
+        self.messaging.start(apply=self.answering.apply, unanswered=self.answering.unanswered, on_release=lambda: None)
         return self
 
     def stop(self):
