@@ -17,7 +17,7 @@ import httpx
 import msgspec
 
 from protocol.blobs import write_atomically
-from protocol.errors import NotEnough, PortInUse, Unavailable
+from protocol.errors import NotEnough, Unavailable
 
 STOP_DEADLINE_S = 10.0  # a SuperNode needs about 3 s to sign off
 READY_DEADLINE_S = 60.0  # the slowest, the SuperLink, is ready in 4 s on a quiet machine
@@ -54,21 +54,6 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
-
-
-def need_port(port: int) -> int:
-    """The port, if nobody listens on it.
-
-    Raises:
-        PortInUse: somebody does.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise PortInUse(f"port {port} is in use by another program; stop it or choose another port") from error
-    return port
 
 
 def _die_with_parent() -> None:

@@ -19,7 +19,7 @@ MAY_IMPORT = {
 HOMES = {
     "torch": ("protocol/models/", "coordinator/forge/", "node/learn/train.py"),
     "transformers": ("protocol/models/", "coordinator/forge/"),
-    "peft": ("protocol/models/",),
+    "peft": (),  # the oracle of tests/forge/test_peft_parity.py, and needed nowhere else
     "gguf": ("protocol/models/", "coordinator/forge/"),
     "llama_cpp": ("protocol/models/", "coordinator/forge/"),
     "flwr": ("coordinator/federation/", "node/learn/"),
