@@ -56,12 +56,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", choices=("table", "sites"))
     run = Run(**vars(parser.parse_args()))
-    figures: dict[str, Any] = {"budget_s": run.budget, "seed": run.seed, "training": run.made["lineage"]}
+    figures: dict[str, Any] = {
+        "budget_s": run.budget,
+        "seed": run.seed,
+        "training": run.made["lineage"] | {"licence": run.made["lineage"]["licence"]["name"]},
+    }
     if run.only != "sites":
         figures["table"] = run.table()
     if run.only != "table":
         figures["sites"] = run.sites()
-    write("tatoeba", figures, command=f"python -m bench.tatoeba --data FOLDER --budget {run.budget} --seed {run.seed}", rows=rows(figures))
+    write(
+        "tatoeba",
+        figures,
+        command=f"python -m bench.tatoeba --data FOLDER --budget {run.budget} --threads {run.threads} --seed {run.seed}",
+        rows=rows(figures),
+    )
 
 
 class Run:
