@@ -29,6 +29,7 @@ from protocol.adapters import AdapterHeader, AdapterQuestion, AdapterReceipt, Ad
 from protocol.blobs import write_atomically
 from protocol.digests import digest_bytes
 from protocol.errors import BadInput, MalformedMessage, MilpaError, TooLarge, Unavailable
+from protocol.lines import first_line, read_lines
 from protocol.names import checked_name
 
 REPLY_LIMIT = 256 * 1024  # bytes of a reply's JSON; 200 modules are about 20 kB
@@ -169,7 +170,7 @@ def _child(job: Job, flower_home: Path, *, until: float) -> Iterator[Told]:
         start_new_session=True,
     ) as child:
         assert child.stdin is not None and child.stdout is not None
-        reader = threading.Thread(target=_read_lines, args=(child.stdout, lines), daemon=True)
+        reader = threading.Thread(target=read_lines, args=(child.stdout, lines), daemon=True)
         reader.start()
         try:
             child.stdin.write(msgspec.json.encode(job) + b"\n")
@@ -193,12 +194,6 @@ def _child(job: Job, flower_home: Path, *, until: float) -> Iterator[Told]:
                 child.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 child.kill()
-
-
-def _read_lines(stream: Any, lines: "SimpleQueue[bytes]") -> None:
-    for line in stream:
-        lines.put(line)
-    lines.put(b"")
 
 
 # ------------------------------------------------------------------------------------------------------------------ the child
@@ -283,7 +278,7 @@ def _main() -> None:
         out.flush()
 
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
-    job = msgspec.json.decode(_first_line(), type=Job)
+    job = msgspec.json.decode(first_line(), type=Job)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         _work(job, tell)
@@ -291,13 +286,6 @@ def _main() -> None:
         tell(Told("error", error=str(error), unavailable=isinstance(error, Unavailable)))
         os._exit(error.exit_code)
     os._exit(0)  # flwr leaves threads behind
-
-
-def _first_line() -> bytes:
-    line = b""
-    while not line.endswith(b"\n") and (more := os.read(0, 1)):  # unbuffered: a buffered reader's lock cannot be left at exit
-        line += more
-    return line
 
 
 def _end_with_parent() -> None:

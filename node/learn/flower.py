@@ -40,6 +40,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 from node.learn import stored
 from protocol import codec
 from protocol.adapters import AdapterQuestion, AdapterReceipt, AdapterReply, Flat
+from protocol.lines import first_line
 
 POLL_S = 0.5  # both of the SuperNode at the SuperLink and of the executor at the SuperNode
 RAISED = 2  # Flower's code for "the client app raised"; our own codes travel inside the reply
@@ -167,7 +168,7 @@ def _carry_fleet_token(token: str) -> None:
 def _main() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # flwr prints where it likes; the real stdout is ours
-    job = msgspec.json.decode(_first_line(), type=Job)
+    job = msgspec.json.decode(first_line(), type=Job)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     last_code = ""
 
@@ -198,13 +199,6 @@ def _main() -> None:
         "--isolation", "process", "--superexec-auth-secret-file", job.secret_file, "--node-config", f'node="{job.node}"',
     ]  # fmt: skip
     flower_supernode()
-
-
-def _first_line() -> bytes:
-    line = b""
-    while not line.endswith(b"\n") and (more := os.read(0, 1)):  # unbuffered: a buffered reader's lock cannot be left at exit
-        line += more
-    return line
 
 
 def _end_with_parent() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from protocol.lines import read_lines
 from protocol.names import checked_name
 
 STOP_S = 5.0  # to sign off at the SuperLink
@@ -105,7 +106,7 @@ def _child(job: dict[str, Any], *, flower_home: Path, over: Callable[[], bool]) 
         start_new_session=True,
     ) as child:
         assert child.stdin is not None and child.stdout is not None
-        threading.Thread(target=_read_lines, args=(child.stdout, lines), daemon=True).start()
+        threading.Thread(target=read_lines, args=(child.stdout, lines), daemon=True).start()
         try:
             child.stdin.write(msgspec.json.encode(job) + b"\n")
             child.stdin.flush()  # left open: its end tells the child that we are gone
@@ -128,12 +129,6 @@ def _child(job: dict[str, Any], *, flower_home: Path, over: Callable[[], bool]) 
                 child.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 child.kill()
-
-
-def _read_lines(stream: Any, lines: "SimpleQueue[bytes]") -> None:
-    for line in stream:
-        lines.put(line)
-    lines.put(b"")
 
 
 def _wait(seconds: float, over: Callable[[], bool]) -> None:
