@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coordinator.forge.evidence import commit, machine
+from coordinator.forge.judging.evidence import commit, machine
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -22,9 +22,9 @@ from typing import Any
 import msgspec
 
 from bench.result import write
-from coordinator.forge import calibrate, evidence, peers
-from coordinator.forge.evaluation import FEW_SHOT_CONTEXT, Evaluation, evaluate, evaluate_texts, few_shot, paired_bootstrap
-from coordinator.forge.metrics import paired_difference, sentence_chrf
+from coordinator.forge.judging import calibrate, evidence, peers
+from coordinator.forge.judging.evaluation import FEW_SHOT_CONTEXT, Evaluation, evaluate, evaluate_texts, few_shot, paired_bootstrap
+from coordinator.forge.judging.metrics import paired_difference, sentence_chrf
 from coordinator.forge.pairs import read_pairs
 from deploy import loop
 from deploy.fleet import LocalFleet

@@ -148,8 +148,8 @@ class Demo:
         return made
 
     def _prove(self, records: Mapping[str, list[Record]], made: Mapping[str, Any]) -> dict[str, Any]:
-        from coordinator.forge import calibrate, evidence
-        from coordinator.forge.evaluation import evaluate
+        from coordinator.forge.judging import calibrate, evidence
+        from coordinator.forge.judging.evaluation import evaluate
         from coordinator.ranch import baselines
 
         teacher, student = Path(made["teacher"]), Path(made["student"])
@@ -217,8 +217,8 @@ class Demo:
         self, records: Mapping[str, list[Record]], made: Mapping[str, Any], proof: Mapping[str, Any], learned: Mapping[str, Any],
         before: Mapping[str, list[Asked]], after: Mapping[str, list[Asked]], merged: Mapping[str, Any],
     ) -> dict[str, Any]:  # fmt: skip
-        from coordinator.forge.metrics import paired_difference
-        from coordinator.forge.report import run_page
+        from coordinator.forge.judging.metrics import paired_difference
+        from coordinator.forge.judging.report import run_page
 
         sites = {}
         for name in self.sites:

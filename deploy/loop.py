@@ -17,7 +17,7 @@ from rich.progress import Progress, TaskID
 
 from coordinator.federation.round import known_answers
 from coordinator.fleet.publishing import build_release
-from coordinator.forge.evaluation import Evaluation
+from coordinator.forge.judging.evaluation import Evaluation
 from deploy.fleet import LocalFleet
 from deploy.season import Asked, Site
 from protocol import codec

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import msgspec
 
-from coordinator.forge.evidence import live_curve
-from coordinator.forge.metrics import at_budget, wilson
+from coordinator.forge.judging.evidence import live_curve
+from coordinator.forge.judging.metrics import at_budget, wilson
 from protocol import codec
 from protocol.errors import Unavailable
 from protocol.tasks import Record, task_named

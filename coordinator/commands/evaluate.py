@@ -9,7 +9,7 @@ from protocol.console import print_json, progress_bar, stderr
 from protocol.errors import BadInput
 
 if TYPE_CHECKING:
-    from coordinator.forge.evaluation import Evaluation
+    from coordinator.forge.judging.evaluation import Evaluation
     from protocol.tasks import Record, Task
 
 
@@ -43,7 +43,7 @@ def evaluate(
 
         milpa-coordinator evaluate --model teacher.gguf --pairs test.tsv --few-shot 5 --examples dev.tsv --limit 200
     """
-    from coordinator.forge import evaluation, peers
+    from coordinator.forge.judging import evaluation, peers
     from protocol.names import known
 
     if peer is not None:
@@ -103,7 +103,7 @@ def with_examples(task: "Task", examples: Path | None, count: int, *, avoid: Pat
     Raises:
         BadInput: no file, too few examples in it, or the very file that is evaluated on.
     """
-    from coordinator.forge.evaluation import few_shot
+    from coordinator.forge.judging.evaluation import few_shot
     from coordinator.forge.pairs import read_pairs, read_records
 
     if examples is None:

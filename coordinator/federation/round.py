@@ -26,8 +26,8 @@ from coordinator.federation.collect import Reply, collect, load, read_adapter
 from coordinator.federation.superlink import Keys
 from coordinator.fleet.ledger import Ledger
 from coordinator.fleet.publishing import Publisher
-from coordinator.forge import calibrate, evidence
-from coordinator.forge.evaluation import Evaluation, evaluate, paired_bootstrap
+from coordinator.forge.judging import calibrate, evidence
+from coordinator.forge.judging.evaluation import Evaluation, evaluate, paired_bootstrap
 from protocol import codec
 from protocol.adapters import AdapterHeader, AdapterQuestion, Flat
 from protocol.blobs import write_atomically

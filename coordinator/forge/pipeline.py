@@ -13,13 +13,14 @@ from typing import Any
 
 import msgspec
 
-from coordinator.forge import distil
-from coordinator.forge.cache import CacheHeader, TargetCache
-from coordinator.forge.correct import Recipe, trained
-from coordinator.forge.export import DEFAULT_KIND, export
-from coordinator.forge.student import evenly
-from coordinator.forge.teacher import packaged_licence, packaged_teacher
-from coordinator.forge.trim import FREQUENT, coverage, trim
+from coordinator.forge.students.cut import evenly
+from coordinator.forge.students.export import DEFAULT_KIND, export
+from coordinator.forge.students.trim import FREQUENT, coverage, trim
+from coordinator.forge.targets.cache import CacheHeader, TargetCache
+from coordinator.forge.targets.capture import TOP_K, capture, examples_of, read_log
+from coordinator.forge.teachers.packaged import packaged_licence, packaged_teacher
+from coordinator.forge.training.objective import distillation_loss, token_weights
+from coordinator.forge.training.recipe import Recipe, trained
 from protocol.blobs import write_atomically
 from protocol.digests import digest_file, digest_value
 from protocol.errors import BadInput, NotEnough
@@ -194,8 +195,8 @@ def _correct(
     if stage.report is None:
         with Tokenizer(trimmed) as tokenizer:
             examples = [make_example(tokenizer, task, record) for record in records]
-            weights = distil.token_weights(tokenizer, task, examples, verdict=plan.verdict)
-        loss = distil.distillation_loss(examples, weights=weights)
+            weights = token_weights(tokenizer, task, examples, verdict=plan.verdict)
+        loss = distillation_loss(examples, weights=weights)
         state = stage.folder / "train.state"
         model, result = trained(checkpoint, examples, recipe, seed=plan.seed, loss=loss, progress=_steps(told, "correct"), state=state)
         model.write(path)
@@ -219,11 +220,11 @@ def _capture(
     task: Task, records: Sequence[Record], *, work: Path, corrected: Path, plan: Plan, told: Progress
 ) -> tuple[Path, dict[str, Any]]:
     checkpoint = Checkpoint.read(corrected)
-    stage = Stage(work, "capture", [checkpoint.digest, task, digest_value(records), plan.budget.capture_s, distil.TOP_K])
+    stage = Stage(work, "capture", [checkpoint.digest, task, digest_value(records), plan.budget.capture_s, TOP_K])
     if stage.report is None:
         cache = TargetCache(stage.folder, _header(checkpoint))
         with Tokenizer(corrected) as tokenizer:
-            _, result = distil.capture(
+            _, result = capture(
                 to_torch(checkpoint, dtype=best_dtype()), tokenizer, task, records, cache=cache, log=stage.folder / "captured.jsonl",
                 seconds=plan.budget.capture_s, progress=lambda share, words: told("capture", share, words),
             )  # fmt: skip
@@ -240,15 +241,15 @@ def _distil(
     stage = Stage(work, "distil", [checkpoint.digest, captured.name, recipe, plan.alpha, plan.own, plan.verdict, plan.seed])
     path = stage.folder / "student-f16.gguf"
     if stage.report is None:
-        log = distil.read_log(captured / "captured.jsonl")
-        examples, asked = distil.examples_of(log), {one.id for one in log}
+        log = read_log(captured / "captured.jsonl")
+        examples, asked = examples_of(log), {one.id for one in log}
         others = [record for record in records if record.id not in asked][: round(plan.own * len(log))]
         with Tokenizer(cut) as tokenizer:
             examples += [make_example(tokenizer, task, record) for record in others]
-            weights = distil.token_weights(tokenizer, task, examples, verdict=plan.verdict)
+            weights = token_weights(tokenizer, task, examples, verdict=plan.verdict)
         header = msgspec.json.decode((captured / "header.json").read_bytes(), type=CacheHeader)
         cache = TargetCache(captured, header)
-        loss = distil.distillation_loss(examples, weights=weights, cache=cache, alpha=plan.alpha)
+        loss = distillation_loss(examples, weights=weights, cache=cache, alpha=plan.alpha)
         state = stage.folder / "train.state"
         model, result = trained(checkpoint, examples, recipe, seed=plan.seed, loss=loss, progress=_steps(told, "distil"), state=state)
         cache.close()
@@ -299,9 +300,7 @@ def _within(recipe: Recipe, seconds: float) -> Recipe:
 def _header(checkpoint: Checkpoint) -> CacheHeader:
     vocabulary = checkpoint.vocabulary
     tokens = digest_value(vocabulary.tokens)
-    return CacheHeader(
-        teacher=checkpoint.digest, tokenizer=tokens, k=min(distil.TOP_K, len(vocabulary.tokens)), vocabulary=len(vocabulary.tokens)
-    )
+    return CacheHeader(teacher=checkpoint.digest, tokenizer=tokens, k=min(TOP_K, len(vocabulary.tokens)), vocabulary=len(vocabulary.tokens))
 
 
 def _texts(task: Task, records: Sequence[Record]) -> list[str]:

@@ -27,10 +27,11 @@ from node.update.slots import ActiveRelease
 from protocol.adapters import AdapterHeader, Flat, unpack
 from protocol.errors import BadInput, NotEnough
 from protocol.models.checkpoint import Checkpoint
+from protocol.models.feed import Batch, Epochs
 from protocol.models.lora import attach, detach, read_adapter_gguf
 from protocol.models.tokenizer import Example, Tokenizer, make_example
 from protocol.models.torch_model import best_dtype, to_torch
-from protocol.models.training import Batch, Step, mean_loss, train
+from protocol.models.training import Loss, Step, View, mean_loss, train
 from protocol.tasks import Task
 
 RATE = 1e-3  # of LoRA factors; ten times that of full fine-tuning, as usual
@@ -106,8 +107,8 @@ def learn(
     folder = stored.folder(state_dir, active.number)
     folder.mkdir(parents=True, exist_ok=True)
     done = train(
-        model, training, parameters=parameters, learning_rate=rate, loss=weighted(weights), epochs=epochs, seconds=max_seconds,
-        batch_tokens=BATCH_TOKENS, seed=seed, state=folder / STATE, progress=progress,
+        model, Epochs(training, batch_tokens=BATCH_TOKENS, seed=seed), parameters=parameters, learning_rate=rate,
+        loss=weighted(weights), epochs=epochs, seconds=max_seconds, state=folder / STATE, progress=progress,
     )  # fmt: skip
     after = mean_loss(model, held_out, batch_tokens=BATCH_TOKENS)
     flat = detach(model, layout)
@@ -145,13 +146,13 @@ def tokenised(tokenizer: Tokenizer, task: Task, examples: Sequence[LearningExamp
     return rows, weights, len(examples) - len(rows)
 
 
-def weighted(weights: Sequence[float]) -> Callable[[torch.Tensor, Batch], torch.Tensor]:
+def weighted(weights: Sequence[float]) -> Loss:
     """Cross entropy in which each token counts as its example does: an operator's correction 1, a peer's answer its confidence."""
     by_example = torch.tensor(weights, dtype=torch.float32)
 
-    def loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(view: View, batch: Batch) -> torch.Tensor:
         by_token = by_example[torch.tensor(batch.index)][batch.rows]  # (n,)
-        each = F.cross_entropy(logits, batch.targets, reduction="none")  # (n,)
+        each = F.cross_entropy(view.logits, batch.targets, reduction="none")  # (n,)
         return (each * by_token).sum() / by_token.sum().clamp_min(1e-6)
 
     return loss

@@ -190,11 +190,17 @@ def embed(model: Gemma3ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 
 
 def hidden_states(
-    model: Gemma3ForCausalLM, x: torch.Tensor, *, first: int = 0, last: int | None = None, at: Positions | None = None
+    model: Gemma3ForCausalLM,
+    x: torch.Tensor,
+    *,
+    first: int = 0,
+    last: int | None = None,
+    at: Positions | None = None,
+    taps: dict[int, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Run blocks `first` to `last` over embeddings or hidden states x (B, T, hidden); no final norm.
 
-    Returns (B, T, hidden), or (n, hidden) at the positions `at`.
+    Returns (B, T, hidden), or (n, hidden) at the positions `at`. Blocks named in `taps`, all but the last, leave their output there.
 
     Raises:
         TooLarge: rows longer than the sliding window, which this pass does not apply.
@@ -206,6 +212,8 @@ def hidden_states(
     for number in range(first, end):
         cos, sin = rotations[model.config.layer_types[number]]
         x = block_forward(model.model.layers[number], x, cos, sin, at=at if number == end - 1 else None)
+        if taps and number in taps:
+            taps[number] = x
     return x if at is None or first < end else x[at]
 
 

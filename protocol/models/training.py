@@ -1,11 +1,12 @@
-"""The one training loop: teacher correction, distillation and a node's LoRA all run through `train`.
+"""The one training loop: teacher correction, distillation, rewards and a node's LoRA all run through `train`.
 
 Rules:
  * Loss on target tokens only; the output matrix is multiplied at target positions only.
- * Batches hold a budget of tokens, rows of like length together; everything random comes from `seed`, so steps and epochs repeat exactly.
+ * A feed says what a step learns from (`protocol.models.feed`), a loss says what it minimises; steps and epochs repeat exactly.
  * Work stops by steps, epochs or seconds, whichever comes first, and the learning rate follows the share of the budget used:
    linear warm-up, then cosine. (A budget of seconds is the one thing that does not repeat exactly.)
  * Blocks below the lowest trained one run once an example; their output is kept and read again in later epochs.
+ * A step is `accumulate` batches, shared out over the processes of a `World`: one process or several, the same gradients.
  * bfloat16 weights are trained through float32 masters; LoRA factors are float32 anyway.
  * With `state`, kill -9 at any moment costs at most `save_every_s` seconds of work.
 
@@ -15,10 +16,12 @@ Knows nothing of tasks, teachers or Flower.
 import io
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -28,10 +31,10 @@ from transformers import Gemma3ForCausalLM
 from protocol.blobs import write_atomically
 from protocol.digests import digest_bytes, digest_value
 from protocol.errors import BadInput, MilpaError, NotEnough
+from protocol.models.feed import Batch, Feed, collate, plan
 from protocol.models.tokenizer import Example
 from protocol.models.torch_model import embed, hidden_states, logits_of
 
-CHUNK_BATCHES = 32  # rows are sorted by length inside chunks of this many batches: little padding, still shuffled
 KEPT_BYTES = 1 << 30  # at most this much of frozen blocks' output is kept between epochs
 
 
@@ -39,23 +42,49 @@ class Diverged(MilpaError):
     """The loss is not a number any more; use a lower learning rate."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows padded on the right. Positions are those that predict a target token."""
+@dataclass
+class View:
+    """What a loss may look at of one batch's forward pass."""
 
-    index: list[int]  # which examples, in row order
-    ids: torch.Tensor  # (B, T)
-    rows: torch.Tensor  # (n,) row of each predicting position
-    columns: torch.Tensor  # (n,)
-    targets: torch.Tensor  # (n,) the token to predict there
+    model: Gemma3ForCausalLM
+    hidden: torch.Tensor  # (n, hidden) at the predicting positions, before the final norm
+    states: Mapping[int, torch.Tensor]  # tapped block -> its output (B, T, hidden)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens in the batch, with padding: what it costs."""
-        return self.ids.numel()
+    @cached_property
+    def logits(self) -> torch.Tensor:
+        """(n, V), float32; computed when first asked for."""
+        return logits_of(self.model, self.hidden).float()
 
 
-Loss = Callable[[torch.Tensor, Batch], torch.Tensor]  # logits (n, V) float32, batch -> scalar, mean over positions
+Loss = Callable[[View, Batch], torch.Tensor]  # a scalar, mean over positions
+
+
+class World(Protocol):
+    """The processes that share a training; every one of them makes the same steps."""
+
+    rank: int
+    size: int
+
+    def add(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each, in place, by its sum over all processes."""
+        ...
+
+    def agree(self, number: float) -> float:
+        """The first process's number."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    rank, size = 0, 1
+
+    def add(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Nothing to add."""
+
+    def agree(self, number: float) -> float:
+        """Its own."""
+        return number
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -81,64 +110,29 @@ class TrainResult(msgspec.Struct, frozen=True):
     last_loss: float  # mean of the last tenth
 
 
-def cross_entropy(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mean -log p(target): logits (n, V), targets (n,)."""
-    return F.cross_entropy(logits, batch.targets)
-
-
-def collate(examples: Sequence[Example], index: Sequence[int]) -> Batch:
-    """Rows of prompt + target without the last token (nothing follows it)."""
-    chosen = [examples[i] for i in index]
-    longest = max(len(one.prompt) + len(one.target) - 1 for one in chosen)
-    ids = torch.zeros(len(chosen), longest, dtype=torch.long)
-    rows: list[int] = []
-    columns: list[int] = []
-    targets: list[int] = []
-    for row, one in enumerate(chosen):
-        text = [*one.prompt, *one.target[:-1]]
-        ids[row, : len(text)] = torch.tensor(text)
-        rows += [row] * len(one.target)
-        columns += range(len(one.prompt) - 1, len(text))
-        targets += one.target
-    return Batch(list(index), ids, torch.tensor(rows), torch.tensor(columns), torch.tensor(targets))
-
-
-def plan(lengths: Sequence[int], *, batch_tokens: int, generator: torch.Generator | None) -> list[list[int]]:
-    """Which examples share a batch: shuffled (with a generator), sorted by length inside chunks, at most `batch_tokens` with padding."""
-    order = torch.randperm(len(lengths), generator=generator).tolist() if generator else list(range(len(lengths)))
-    mean = max(1, sum(lengths) // max(1, len(lengths)))
-    chunk = max(1, CHUNK_BATCHES * batch_tokens // mean)
-    batches: list[list[int]] = []
-    for begin in range(0, len(order), chunk):
-        current: list[int] = []
-        for i in sorted(order[begin : begin + chunk], key=lambda i: lengths[i]):
-            if current and (len(current) + 1) * lengths[i] > batch_tokens:
-                batches.append(current)
-                current = []
-            current.append(i)
-        batches.append(current)
-    if generator:
-        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-    return batches
+def cross_entropy(view: View, batch: Batch) -> torch.Tensor:
+    """Mean -log p(target) over the n positions, nats."""
+    return F.cross_entropy(view.logits, batch.targets)
 
 
 def train(
     model: Gemma3ForCausalLM,
-    examples: Sequence[Example],
+    feed: Feed,
     *,
     parameters: Sequence[torch.nn.Parameter],
     learning_rate: float,
     loss: Loss = cross_entropy,
+    taps: Collection[int] = (),
     steps: int | None = None,
     epochs: float | None = None,
     seconds: float | None = None,
     deadline: float | None = None,
-    batch_tokens: int = 2048,
+    accumulate: int = 1,
+    world: World | None = None,
     warm_up: float = 0.06,
     final: float = 0.05,
     weight_decay: float = 0.0,
     clip: float = 1.0,
-    seed: int = 0,
     progress: Callable[[Step], None] | None = None,
     state: Path | None = None,
     save_every_s: float = 30.0,
@@ -147,51 +141,53 @@ def train(
 
     Args:
         learning_rate: at the end of the warm-up; falls to `final` times that.
+        taps: blocks whose output the loss reads (`View.states`), below the last one.
         seconds: of this training, earlier ones of the same `state` counted.
         deadline: `time.monotonic()` past which no step starts, whatever the schedule says.
-        batch_tokens: tokens in a batch, padding included.
+        accumulate: batches a step, over all processes; a step's loss is their mean.
+        world: the processes that share the work; alone by default. Only the first one saves.
         warm_up: share of the budget.
         state: file to resume from and to save to. It is ignored when it belongs to another plan; the caller removes it.
 
     Raises:
-        NotEnough: no examples.
-        BadInput: no limit, or nothing to train.
+        BadInput: no limit, nothing to train, or a step that cannot be shared out evenly.
         Diverged: the loss is not finite; the weights are spoiled.
     """
-    if not examples:
-        raise NotEnough("there are 0 examples to train on; at least 1 is needed")
     if steps is None and epochs is None and seconds is None:
         raise BadInput("training needs a limit: steps, epochs or seconds")
     if not parameters:
         raise BadInput("training needs parameters: none is free")
-    work = _Work(model, examples, parameters, loss, learning_rate, weight_decay, clip)
-    lengths = [len(one.prompt) + len(one.target) - 1 for one in examples]
-    batches_an_epoch = len(plan(lengths, batch_tokens=batch_tokens, generator=torch.Generator().manual_seed(seed)))
-    limit = min((n for n in (steps, math.ceil(epochs * batches_an_epoch) if epochs is not None else None) if n is not None), default=None)
-    key = digest_value([list(examples), [p.numel() for p in parameters], learning_rate, steps, epochs, batch_tokens, warm_up, seed])
+    world = world or Alone()
+    if accumulate < 1 or accumulate % world.size:
+        raise BadInput(f"{accumulate} batches a step cannot be shared out over {world.size} processes; use a multiple of {world.size}")
+    work = _Work(model, feed, parameters, loss, taps, learning_rate, weight_decay, clip, accumulate, world)
+    steps_an_epoch = -(-feed.batches_an_epoch // accumulate)
+    limit = min((n for n in (steps, math.ceil(epochs * steps_an_epoch) if epochs is not None else None) if n is not None), default=None)
+    key = digest_value([feed.key, [p.numel() for p in parameters], learning_rate, steps, epochs, accumulate, warm_up])
     done = _load(state, key, work) if state else _Done()
     began = saved = time.monotonic() - done.seconds
-    schedule = _batches(lengths, batch_tokens=batch_tokens, seed=seed, skip=done.steps)
+    schedule = feed.batches(done.steps * accumulate)
     model.train()
     try:
         while True:
             done.seconds = time.monotonic() - began
             share = max(done.steps / limit if limit else 0.0, done.seconds / seconds if seconds else 0.0)
-            if share >= 1.0 or (deadline is not None and time.monotonic() > deadline):
+            share = world.agree(1.0 if deadline is not None and time.monotonic() > deadline else share)
+            if share >= 1.0:
                 break
-            batch = collate(examples, next(schedule))
-            value = work.step(batch, rate=_rate(share, warm_up, final))
+            batches = [collate(feed.examples, index) for index in islice(schedule, accumulate)][world.rank :: world.size]
+            value = work.step(batches, rate=_rate(share, warm_up, final))
             done.steps += 1
             done.losses.append(value)
-            done.examples += len(batch.index)
-            done.tokens += batch.tokens
-            done.target_tokens += len(batch.targets)
+            done.examples += sum(len(batch.index) for batch in batches) * world.size
+            done.tokens += sum(batch.tokens for batch in batches) * world.size
+            done.target_tokens += sum(len(batch.targets) for batch in batches) * world.size
             if not math.isfinite(value):
                 raise Diverged(f"the loss is {value} after {done.steps} steps; use a learning rate below {learning_rate:g}")
             if progress:
                 recent = done.losses[-20:]
                 progress(Step(done.steps, min(1.0, share), sum(recent) / len(recent), done.tokens, time.monotonic() - began))
-            if state and time.monotonic() - saved > save_every_s:
+            if state and world.rank == 0 and time.monotonic() - saved > save_every_s:
                 done.seconds = time.monotonic() - began
                 _save(state, key, work, done)
                 saved = time.monotonic()
@@ -200,7 +196,7 @@ def train(
     tenth = max(1, len(done.losses) // 10)
     return TrainResult(
         steps=done.steps,
-        epochs=done.examples / len(examples),
+        epochs=done.examples / len(feed.examples),
         examples=done.examples,
         tokens=done.tokens,
         target_tokens=done.target_tokens,
@@ -245,17 +241,19 @@ class _Work:
     """Model, masters and optimiser: one step at a time."""
 
     def __init__(
-        self, model: Gemma3ForCausalLM, examples: Sequence[Example], parameters: Sequence[torch.nn.Parameter], loss: Loss,
-        learning_rate: float, weight_decay: float, clip: float,
+        self, model: Gemma3ForCausalLM, feed: Feed, parameters: Sequence[torch.nn.Parameter], loss: Loss, taps: Collection[int],
+        learning_rate: float, weight_decay: float, clip: float, accumulate: int, world: World,
     ) -> None:  # fmt: skip
-        self.model, self.loss, self.clip, self.learning_rate = model, loss, clip, learning_rate
+        self.model, self.loss, self.taps, self.clip, self.learning_rate = model, loss, taps, clip, learning_rate
+        self.accumulate, self.world = accumulate, world
         self.parameters = list(parameters)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_(True) for p in self.parameters]
         self.optimizer = torch.optim.AdamW(self.masters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True)
-        self.first = self._lowest_trained_block()
-        tokens = sum(len(one.prompt) + len(one.target) for one in examples)
+        self.embedding_trained = any(parameter.requires_grad for parameter in model.model.embed_tokens.parameters())
+        self.first = min([self._lowest_trained_block(), *taps])
+        tokens = sum(len(one.prompt) + len(one.target) for one in feed.examples)
         self.keeps = self.first > 0 and tokens * model.config.hidden_size * model.dtype.itemsize <= KEPT_BYTES
         self.kept: dict[int, torch.Tensor] = {}  # example -> (T, hidden) below the lowest trained block
 
@@ -274,7 +272,7 @@ class _Work:
         if self.keeps and all(i in self.kept for i in batch.index):
             rows = [self.kept[i] for i in batch.index]
             return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.embedding_trained):
             x = hidden_states(self.model, embed(self.model, batch.ids), last=self.first)
         if self.keeps:
             ends = torch.zeros(len(batch.index), dtype=torch.long).scatter_reduce(0, batch.rows, batch.columns, "amax") + 1
@@ -282,14 +280,20 @@ class _Work:
                 self.kept[i] = x[row, : ends[row]].clone()
         return x
 
-    def step(self, batch: Batch, *, rate: float) -> float:
-        """Forward, backward, update; returns the loss before the update."""
-        x = hidden_states(self.model, self._inputs(batch), first=self.first, at=(batch.rows, batch.columns))  # (n, hidden)
-        value = self.loss(logits_of(self.model, x).float(), batch)
-        value.backward()
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter and parameter.grad is not None:
-                master.grad, parameter.grad = parameter.grad.float(), None
+    def step(self, batches: Sequence[Batch], *, rate: float) -> float:
+        """Forward, backward, update; returns the loss before the update, over all processes."""
+        total = torch.zeros(())
+        for batch in batches:
+            states: dict[int, torch.Tensor] = dict.fromkeys(self.taps, total)
+            x = hidden_states(self.model, self._inputs(batch), first=self.first, at=(batch.rows, batch.columns), taps=states)
+            value = self.loss(View(self.model, x, states), batch) / self.accumulate
+            value.backward()
+            total += value.detach().float()
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                if master is not parameter and parameter.grad is not None:
+                    grad, parameter.grad = parameter.grad.float(), None
+                    master.grad = grad if master.grad is None else master.grad + grad
+        self.world.add([total, *(master.grad for master in self.masters if master.grad is not None)])
         torch.nn.utils.clip_grad_norm_(self.masters, self.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * rate
@@ -299,7 +303,7 @@ class _Work:
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 if master is not parameter:
                     parameter.copy_(master)
-        return float(value.detach())
+        return float(total)
 
 
 def _rate(share: float, warm_up: float, final: float) -> float:
@@ -307,17 +311,6 @@ def _rate(share: float, warm_up: float, final: float) -> float:
     if share < warm_up:
         return max(0.02, share / warm_up)
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, (share - warm_up) / (1 - warm_up))))
-
-
-def _batches(lengths: Sequence[int], *, batch_tokens: int, seed: int, skip: int) -> Iterator[list[int]]:
-    """Endless batches, epoch after epoch, the first `skip` left out."""
-    epoch = 0
-    while True:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        batches = plan(lengths, batch_tokens=batch_tokens, generator=generator)
-        yield from batches[skip:]
-        skip = max(0, skip - len(batches))
-        epoch += 1
 
 
 def _save(path: Path, key: str, work: _Work, done: _Done) -> None:

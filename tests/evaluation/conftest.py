@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from coordinator.forge.engine_process import Answered
-from coordinator.forge.evaluation import Evaluation, judged
+from coordinator.forge.judging.engine_process import Answered
+from coordinator.forge.judging.evaluation import Evaluation, judged
 from protocol.tasks import RANCH, Record, translation
 from tests.tiny import tiny_gguf
 

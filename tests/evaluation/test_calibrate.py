@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
-from coordinator.forge.calibrate import fit, good_enough
-from coordinator.forge.evaluation import evaluate_texts
-from coordinator.forge.metrics import calibration_error, deferral_area
+from coordinator.forge.judging.calibrate import fit, good_enough
+from coordinator.forge.judging.evaluation import evaluate_texts
+from coordinator.forge.judging.metrics import calibration_error, deferral_area
 from protocol.errors import BadInput, NotEnough
 from protocol.tasks import RANCH, Record
 from tests.evaluation.conftest import SPANISH, ranch_records, simulated

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.forge import evaluation
-from coordinator.forge.engine_process import peak_rss_mb
-from coordinator.forge.evaluation import evaluate, evaluate_texts, few_shot, paired_bootstrap
+from coordinator.forge.judging import evaluation
+from coordinator.forge.judging.engine_process import peak_rss_mb
+from coordinator.forge.judging.evaluation import evaluate, evaluate_texts, few_shot, paired_bootstrap
 from protocol.errors import BadInput, DoesNotFit, Unavailable
 from protocol.tasks import RANCH, Record
 from tests.evaluation.conftest import SPANISH, ranch_records, simulated

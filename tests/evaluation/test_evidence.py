@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
-from coordinator.forge import evidence
-from coordinator.forge.calibrate import fit
-from coordinator.forge.evaluation import Evaluation
+from coordinator.forge.judging import evidence
+from coordinator.forge.judging.calibrate import fit
+from coordinator.forge.judging.evaluation import Evaluation
 from tests.evaluation.conftest import simulated
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from coordinator.forge.metrics import (
+from coordinator.forge.judging.metrics import (
     at_budget,
     calibration_error,
     deferral_area,

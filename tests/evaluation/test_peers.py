@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.forge import peers
+from coordinator.forge.judging import peers
 from protocol.errors import BadInput, Unavailable
 from protocol.tasks import RANCH, Record
 from tests.evaluation.conftest import SPANISH

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from coordinator.forge import evidence, report
-from coordinator.forge.calibrate import fit
-from coordinator.forge.evaluation import evaluate_texts, paired_bootstrap
+from coordinator.forge.judging import evidence, report
+from coordinator.forge.judging.calibrate import fit
+from coordinator.forge.judging.evaluation import evaluate_texts, paired_bootstrap
 from protocol.tasks import Record
 from tests.evaluation.conftest import SPANISH, simulated
 

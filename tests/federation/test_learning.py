@@ -116,13 +116,14 @@ def test_an_operators_correction_counts_more_than_a_doubtful_peers() -> None:
     import torch
 
     from node.learn.train import weighted
-    from protocol.models.training import Batch
+    from protocol.models.feed import Batch
+    from tests.views import seen
 
     logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]])  # sure of token 0, twice
     batch = Batch([0, 1], torch.zeros(2, 1, dtype=torch.long), torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([0, 1]))
 
-    trusting_the_first = float(weighted([1.0, 0.1])(logits, batch))
-    trusting_the_second = float(weighted([0.1, 1.0])(logits, batch))
+    trusting_the_first = float(weighted([1.0, 0.1])(seen(logits), batch))
+    trusting_the_second = float(weighted([0.1, 1.0])(seen(logits), batch))
 
     assert trusting_the_first < trusting_the_second
 

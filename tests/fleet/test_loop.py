@@ -37,8 +37,8 @@ class Loop:
 
     def run(self) -> None:
         from coordinator.fleet.publishing import build_release
-        from coordinator.forge import calibrate
-        from coordinator.forge.evaluation import evaluate
+        from coordinator.forge.judging import calibrate
+        from coordinator.forge.judging.evaluation import evaluate
         from deploy.loop import write_records
         from tests.fleet import toy
 

@@ -6,6 +6,7 @@ Three kinds of record. Both models know two of them; the third is said in a site
 from pathlib import Path
 
 from protocol.models.checkpoint import Checkpoint
+from protocol.models.feed import Epochs
 from protocol.models.lora import initial_adapter, write_adapter_gguf
 from protocol.models.tokenizer import Tokenizer, make_example
 from protocol.models.torch_model import from_torch, to_torch
@@ -40,7 +41,7 @@ def trained(path: Path, *, kinds: tuple[int, ...], seed: int = 0, steps: int = 1
     with Tokenizer(raw) as tokenizer:
         examples = [make_example(tokenizer, RANCH, one) for one in records(240, kinds=kinds)]
     parameters = [p for name, p in model.named_parameters() if "embed" not in name]
-    train(model, examples, parameters=parameters, learning_rate=RATE, steps=steps, seconds=SECONDS, batch_tokens=512, seed=seed)
+    train(model, Epochs(examples, batch_tokens=512, seed=seed), parameters=parameters, learning_rate=RATE, steps=steps, seconds=SECONDS)
     from_torch(model, checkpoint).write(path)
     return path
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.forge import cache as caching
-from coordinator.forge.cache import CacheHeader, TargetCache, Targets
+from coordinator.forge.targets import cache as caching
+from coordinator.forge.targets.cache import CacheHeader, TargetCache, Targets
 from protocol.errors import BadInput, WrongDigest
 from protocol.models.tokenizer import Example
 

@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from coordinator.forge.cache import CacheHeader, TargetCache
-from coordinator.forge.correct import Recipe, trained
-from coordinator.forge.distil import capture, distillation_loss, examples_of, passes, token_weights
-from coordinator.forge.student import block_influence, evenly
+from coordinator.forge.students.cut import block_influence, evenly
+from coordinator.forge.targets.cache import CacheHeader, TargetCache
+from coordinator.forge.targets.capture import capture, examples_of, passes
+from coordinator.forge.training.objective import distillation_loss, token_weights
+from coordinator.forge.training.recipe import Recipe, trained
 from protocol.errors import BadInput
 from protocol.models.checkpoint import Checkpoint
+from protocol.models.feed import collate
 from protocol.models.tokenizer import Example, Tokenizer, make_example
 from protocol.models.torch_model import embed, hidden_states, logits_of, to_torch
-from protocol.models.training import collate
 from protocol.tasks import RANCH, Record, translation
+from tests.views import seen
 
 pytestmark = [pytest.mark.torch, pytest.mark.llama]
 
@@ -95,10 +97,10 @@ def test_without_the_teacher_the_loss_is_cross_entropy_and_with_it_a_mix(taught:
     logits = torch.randn(len(batch.targets), len(Checkpoint.read(taught).vocabulary.tokens), generator=torch.Generator().manual_seed(1))
     plain = torch.nn.functional.cross_entropy(logits, batch.targets)
 
-    assert float(distillation_loss(examples, cache=cache, alpha=0.0)(logits, batch)) == pytest.approx(float(plain), rel=1e-5)
-    assert float(distillation_loss(examples, cache=cache, alpha=0.5)(logits, batch)) != pytest.approx(float(plain), rel=1e-3)
+    assert float(distillation_loss(examples, cache=cache, alpha=0.0)(seen(logits), batch)) == pytest.approx(float(plain), rel=1e-5)
+    assert float(distillation_loss(examples, cache=cache, alpha=0.5)(seen(logits), batch)) != pytest.approx(float(plain), rel=1e-3)
     alone = collate(examples, [1])
-    assert float(distillation_loss(examples, cache=cache, alpha=0.5)(logits[:2], alone)) == pytest.approx(
+    assert float(distillation_loss(examples, cache=cache, alpha=0.5)(seen(logits[:2]), alone)) == pytest.approx(
         float(torch.nn.functional.cross_entropy(logits[:2], alone.targets)), rel=1e-5
     )
 
@@ -158,4 +160,4 @@ def test_the_code_counts_more_than_the_sentence_and_free_text_counts_evenly(tiny
     batch, logits = collate([example], [0]), torch.randn(len(example.target), 600, generator=torch.Generator().manual_seed(1))
     each = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
     expected = float((each * weights).sum() / weights.sum())
-    assert float(distillation_loss([example], weights=[weights])(logits, batch)) == pytest.approx(expected, rel=1e-5)
+    assert float(distillation_loss([example], weights=[weights])(seen(logits), batch)) == pytest.approx(expected, rel=1e-5)

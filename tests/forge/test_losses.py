@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from coordinator.forge.losses import sparse_kl, top_k
+from coordinator.forge.training.losses import sparse_kl, top_k
 
 pytestmark = pytest.mark.torch
 

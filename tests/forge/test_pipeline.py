@@ -8,8 +8,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from coordinator.forge.correct import Recipe
 from coordinator.forge.pipeline import Budget, Forged, Plan, forge
+from coordinator.forge.training.recipe import Recipe
 from protocol.digests import digest_file
 from protocol.errors import BadInput, MilpaError, NotEnough
 from protocol.models.checkpoint import Checkpoint

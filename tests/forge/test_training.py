@@ -11,9 +11,10 @@ import torch
 from protocol.errors import BadInput, NotEnough
 from protocol.models import training
 from protocol.models.checkpoint import Checkpoint
+from protocol.models.feed import Epochs, collate, plan
 from protocol.models.tokenizer import Example, Tokenizer, make_example
 from protocol.models.torch_model import embed, hidden_states, logits_of, to_torch
-from protocol.models.training import Diverged, collate, mean_loss, plan, train
+from protocol.models.training import Diverged, View, mean_loss, train
 from protocol.tasks import RANCH, Record
 
 pytestmark = [pytest.mark.torch, pytest.mark.llama]
@@ -37,7 +38,8 @@ def body(model: Any) -> list[torch.nn.Parameter]:
 def trained(tiny: Path, examples: list[Example], **options: Any) -> tuple[Any, training.TrainResult]:
     model = to_torch(Checkpoint.read(tiny), dtype=options.pop("dtype", torch.float32))
     free = body(model)[options.pop("skip", 0) :]
-    return model, train(model, examples, parameters=free, learning_rate=options.pop("rate", 3e-3), batch_tokens=256, **options)
+    feed = Epochs(examples, batch_tokens=options.pop("batch_tokens", 256), seed=options.pop("seed", 0))
+    return model, train(model, feed, parameters=free, learning_rate=options.pop("rate", 3e-3), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -76,6 +78,46 @@ def test_after_a_crash_it_goes_on_and_ends_where_an_undisturbed_run_ends(tiny: P
     assert seen[0] == 5
     assert result.steps == 9
     assert all(torch.equal(a, b) for a, b in zip(undisturbed.parameters(), resumed.parameters(), strict=True))
+
+
+class Pair(training.Alone):
+    """The first of two processes."""
+
+    size = 2
+
+
+def test_a_step_of_several_batches_is_their_mean(tiny: Path, examples: list[Example]) -> None:
+    """One batch of equal rows, or the same rows as two batches: the same gradients."""
+    rows = [Example([2, 5, 6, 7 + i], [8, 9, 10 + i, 1]) for i in range(8)]
+
+    whole, _ = trained(tiny, rows, steps=3, batch_tokens=56, dtype=torch.float32)
+    halves, _ = trained(tiny, rows, steps=3, batch_tokens=28, accumulate=2, dtype=torch.float32)
+
+    for a, b in zip(whole.parameters(), halves.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+
+
+def test_a_loss_may_read_the_output_of_a_block(tiny: Path, examples: list[Example]) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def still(view: View, batch: Any) -> torch.Tensor:
+        shapes.append(tuple(view.states[0].shape))
+        return view.states[0].square().mean() + training.cross_entropy(view, batch)
+
+    trained(tiny, examples[:2], steps=2, loss=still, taps=(0,))
+
+    assert all(len(shape) == 3 and shape[2] == 64 for shape in shapes)
+
+
+def test_an_embedding_that_is_trained_learns_from_what_is_read_too(tiny: Path, examples: list[Example]) -> None:
+    model = to_torch(Checkpoint.read(tiny))
+    before = model.model.embed_tokens.weight.clone()
+
+    train(model, Epochs([Example([2, 300], [301, 1])]), parameters=[model.model.embed_tokens.weight], learning_rate=1e-3, steps=1,
+          loss=lambda view, batch: view.hidden.square().mean())  # fmt: skip
+
+    assert not torch.equal(before[300], model.model.embed_tokens.weight[300])
+    assert torch.equal(before[302], model.model.embed_tokens.weight[302])
 
 
 def test_a_spoiled_or_foreign_state_means_a_fresh_start(tiny: Path, examples: list[Example], tmp_path: Path) -> None:
@@ -149,8 +191,17 @@ def test_what_cannot_be_trained_is_refused(tiny: Path, examples: list[Example]) 
     model = to_torch(Checkpoint.read(tiny))
 
     with pytest.raises(NotEnough, match="0 examples"):
-        train(model, [], parameters=body(model), learning_rate=1e-3, steps=1)
+        Epochs([])
     with pytest.raises(BadInput, match="limit"):
-        train(model, examples, parameters=body(model), learning_rate=1e-3)
+        train(model, Epochs(examples), parameters=body(model), learning_rate=1e-3)
     with pytest.raises(Diverged, match="use a learning rate"):
-        train(model, examples, parameters=body(model), learning_rate=1e-3, steps=3, loss=lambda logits, batch: logits.sum() * math.nan)
+        train(
+            model,
+            Epochs(examples),
+            parameters=body(model),
+            learning_rate=1e-3,
+            steps=3,
+            loss=lambda view, batch: view.logits.sum() * math.nan,
+        )
+    with pytest.raises(BadInput, match="multiple of 2"):
+        train(model, Epochs(examples), parameters=body(model), learning_rate=1e-3, steps=1, accumulate=3, world=Pair())

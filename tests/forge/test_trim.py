@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.forge.trim import coverage, trim
+from coordinator.forge.students.trim import coverage, trim
 from protocol.models.checkpoint import Checkpoint
 from protocol.models.tokenizer import Tokenizer, make_example
 from protocol.tasks import RANCH, Record

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from transformers import Gemma3ForCausalLM
 
 from protocol.errors import BadInput
+from protocol.models.feed import collate
 from protocol.models.tokenizer import Example
 from protocol.models.torch_model import embed, hidden_states
-from protocol.models.training import collate
 
 
 def evenly(blocks: int, keep: int) -> tuple[int, ...]:

@@ -19,9 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from coordinator.forge.calibrate import good_enough
-from coordinator.forge.evaluation import Evaluation, paired_bootstrap
-from coordinator.forge.metrics import at_budget, calibration_error, deferral_area, deferral_curve, paired_ratio, reliability
+from coordinator.forge.judging.calibrate import good_enough
+from coordinator.forge.judging.evaluation import Evaluation, paired_bootstrap
+from coordinator.forge.judging.metrics import at_budget, calibration_error, deferral_area, deferral_curve, paired_ratio, reliability
 from protocol.confidence import DEFAULT_BUDGET, VERDICT_RIGHT, Calibration
 
 CLOSE = 0.03  # half-width of a ratio's interval that still carries "keeps X%"
@@ -315,7 +315,7 @@ def machine() -> dict[str, Any]:
 
 def commit(folder: Path | None = None) -> str:
     """The git commit of the code, with "+changes" where the tree differs from it; "" outside a clone."""
-    git = ["git", "-C", str(folder or Path(__file__).parents[2])]
+    git = ["git", "-C", str(folder or Path(__file__).parents[3])]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         changed = subprocess.run(

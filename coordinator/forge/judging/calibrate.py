@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.forge.evaluation import Evaluation
+from coordinator.forge.judging.evaluation import Evaluation
 from protocol.confidence import FEATURES, VERDICT_RIGHT, Calibration, quantile
 from protocol.errors import BadInput, NotEnough
 

@@ -20,8 +20,8 @@ from typing import IO, Any
 
 import msgspec
 
-from coordinator.forge.engine_process import Answered, Failed, Finished, Job, Line, Loaded
-from coordinator.forge.metrics import SEED, TextScores, paired_difference, sentence_chrf, text_scores, wilson
+from coordinator.forge.judging.engine_process import Answered, Failed, Finished, Job, Line, Loaded
+from coordinator.forge.judging.metrics import SEED, TextScores, paired_difference, sentence_chrf, text_scores, wilson
 from protocol import errors
 from protocol.confidence import Calibration, judge, quantile
 from protocol.errors import BadInput, NotEnough, Unavailable
@@ -31,8 +31,8 @@ SILENCE_LIMIT_S = 180.0  # seconds without a line from an engine; a 270M model o
 STOP_LIMIT_S = 5.0  # seconds an engine process gets to end
 CONTEXT = 1024  # tokens
 FEW_SHOT_CONTEXT = 4096
-ENGINE_PROCESS = "coordinator.forge.engine_process"
-ROOT = Path(__file__).parents[2]
+ENGINE_PROCESS = "coordinator.forge.judging.engine_process"
+ROOT = Path(__file__).parents[3]
 
 Progress = Callable[[int, int], None]  # (done, total)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from coordinator.forge import charts, evidence
+from coordinator.forge.judging import charts, evidence
 from protocol.blobs import write_atomically
 
 LABELS = {"teacher": "teacher", "student_float": "student, float", "student": "student, GGUF", **evidence.LABELS}

@@ -3,8 +3,8 @@
 Why apart: its peak memory is the engine's own and not the coordinator's, several run side by side on one core each, and a crash inside
 llama.cpp becomes a clear error instead of the end of the coordinator. Loads the engine and nothing else of ours but the contract.
 
-Started by `evaluation.generate_all` as `python -m coordinator.forge.engine_process JOB.json`. llama.cpp or a library that prints would
-spoil the lines, so stdout is moved away first and everything else goes to stderr.
+Started by `evaluation.generate_all` as `python -m coordinator.forge.judging.engine_process JOB.json`. A library that prints would spoil the
+lines, so stdout is moved away first and everything else goes to stderr.
 """
 
 import os

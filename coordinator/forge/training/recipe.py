@@ -14,6 +14,7 @@ import torch
 
 from protocol.adapters import unpack
 from protocol.models.checkpoint import Checkpoint, encode_tensor
+from protocol.models.feed import Epochs
 from protocol.models.lora import ALL_MODULES, Factors, attach, detach, initial_adapter
 from protocol.models.tokenizer import Example
 from protocol.models.torch_model import best_dtype, from_torch, to_torch
@@ -54,16 +55,14 @@ def trained(
     def run(parameters: Sequence[torch.nn.Parameter]) -> TrainResult:
         return train(
             model,
-            examples,
+            Epochs(examples, batch_tokens=recipe.batch_tokens, seed=seed),
             parameters=parameters,
             learning_rate=recipe.learning_rate,
             loss=loss,
             seconds=recipe.seconds,
             epochs=recipe.epochs,
             steps=recipe.steps,
-            batch_tokens=recipe.batch_tokens,
             warm_up=recipe.warm_up,
-            seed=seed,
             progress=progress,
             state=state,
         )

@@ -10,15 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import torch
 from transformers import Gemma3ForCausalLM
 
-from coordinator.forge.cache import TargetCache, Targets
-from coordinator.forge.losses import sparse_kl, top_k
+from coordinator.forge.targets.cache import TargetCache, Targets
+from coordinator.forge.training.losses import top_k
 from protocol.models.tokenizer import Example, Tokenizer, make_example
 from protocol.models.torch_model import generate
-from protocol.models.training import Batch, Loss
 from protocol.tasks import Record, Task
 
 TOP_K = 50
@@ -107,54 +105,6 @@ def capture(
 def examples_of(captured: Sequence[Captured]) -> list[Example]:
     """What the student learns: everything that was not dropped."""
     return [Example(one.prompt, one.target) for one in captured if one.kind != "dropped"]
-
-
-def token_weights(tokenizer: Tokenizer, task: Task, examples: Sequence[Example], *, verdict: float) -> list[torch.Tensor]:
-    """How much each target token counts: `verdict` up to the code's colon, 1 after it; 1 everywhere for free text.
-
-    The code is one or two tokens of seventeen, and what is hard about them all.
-    """
-    (colon,) = tokenizer.encode(":", bos=False)
-    found = []
-    for example in examples:
-        weights = torch.ones(len(example.target))
-        if task.codes and colon in example.target:
-            weights[: example.target.index(colon) + 1] = verdict
-        found.append(weights)
-    return found
-
-
-def distillation_loss(
-    examples: Sequence[Example], *, weights: Sequence[torch.Tensor] | None = None, cache: TargetCache | None = None, alpha: float = 0.0
-) -> Loss:
-    """(1 - alpha) * cross-entropy + alpha * sparse KL on positions the teacher spoke for; cross-entropy alone on the others.
-
-    A weighted mean over positions when `weights` has one number a target token of each example. Without a cache it is cross-entropy.
-    """
-
-    def loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        each = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")  # (n,)
-        where: list[int] = []
-        views: list[Targets] = []
-        at = 0
-        for i in batch.index:
-            n = len(examples[i].target)
-            view = cache.get(examples[i]) if cache is not None else None
-            if view is not None:
-                views.append(view)
-                where += range(at, at + n)
-            at += n
-        if views:
-            ids, log_probs, tail = (torch.from_numpy(np.concatenate(part)) for part in zip(*views, strict=True))
-            spoken = torch.tensor(where)
-            mixed = (1.0 - alpha) * each[spoken] + alpha * sparse_kl(logits[spoken], ids, log_probs, tail)
-            each = each.index_copy(0, spoken, mixed)
-        if weights is None:
-            return each.mean()
-        weight = torch.cat([weights[i] for i in batch.index])
-        return (each * weight).sum() / weight.sum()
-
-    return loss
 
 
 def _ask(model: Gemma3ForCausalLM, tokenizer: Tokenizer, task: Task, records: Sequence[Record], cache: TargetCache) -> list[Captured]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from coordinator.forge.metrics import wilson
+from coordinator.forge.judging.metrics import wilson
 from protocol.confidence import interpolate
 
 INK, MUTED, LINE, ACCENT, FAINT = "#010101", "#020202", "#030303", "#040404", "#050505"

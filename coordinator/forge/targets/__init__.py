@@ -1,0 +1,1 @@
+"""What the teacher said and how sure it was, captured once and kept on disk."""
