@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from protocol.digests import digest_value
 from protocol.errors import TooLarge
 from protocol.models.checkpoint import GLOBAL_EVERY, LOCAL_ROPE_BASE, Checkpoint, Tensor, encode_tensor
 
@@ -245,6 +246,9 @@ class KeyValues:
         self.k, self.v, self.start = self.k[rows], self.v[rows], self.start[rows]
 
 
+Watch = Callable[[list[int], torch.Tensor, torch.Tensor], None]  # rows still going, their logits (rows, V), the tokens chosen (rows,)
+
+
 @torch.inference_mode()
 def generate(
     model: Gemma3ForCausalLM,
@@ -252,34 +256,40 @@ def generate(
     *,
     max_new_tokens: int,
     eos: int,
-    watch: Callable[[list[int], torch.Tensor], None] | None = None,
+    samples: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    watch: Watch | None = None,
 ) -> list[list[int]]:
-    """Greedy continuation of a batch of prompts, the end token included where the model said it; finished rows leave the batch.
+    """Continuations of a batch of prompts, the end token included where the model said it; finished rows leave the batch.
 
-    `watch` is told the rows still going and their logits (rows, V) before each token is chosen.
+    `samples` answers a prompt lie side by side: row r is sample r % samples of prompt r // samples; a prompt is read once for all of them.
+    Temperature 0 is greedy. Above it a token is drawn from softmax(logits / temperature); a prompt's draws come from `seed` and the prompt
+    itself, so they do not depend on what else is in the batch.
     """
     longest = max(len(prompt) for prompt in prompts)
-    batch = len(prompts)
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     start = torch.tensor([longest - len(prompt) for prompt in prompts])
     config = model.config
     dtype = model.model.embed_tokens.weight.dtype
     caches = [
-        KeyValues(batch, config.num_key_value_heads, longest + max_new_tokens, config.head_dim, dtype, start) for _ in model.model.layers
+        KeyValues(len(prompts), config.num_key_value_heads, longest + max_new_tokens, config.head_dim, dtype, start)
+        for _ in model.model.layers
     ]
-    answers: list[list[int]] = [[] for _ in prompts]
-    alive = torch.arange(batch)
+    answers: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
+    draws = _draws(prompts, samples, max_new_tokens, seed) if temperature > 0 else None  # (rows, tokens)
+    alive = torch.arange(len(answers))
     positions = (torch.arange(longest)[None] - start[:, None]).clamp(min=0)
-    for _ in range(max_new_tokens):
-        x = embed(model, ids)
-        rotations = rope(model, positions, x.dtype)
-        for number, layer in enumerate(model.model.layers):
-            cos, sin = rotations[config.layer_types[number]]
-            x = block_forward(layer, x, cos, sin, cache=caches[number])
-        logits = logits_of(model, x[:, -1])
+    for step in range(max_new_tokens):
+        logits = _next_logits(model, ids, positions, caches)  # (rows, V)
+        if step == 0 and samples > 1:
+            rows = torch.arange(len(prompts)).repeat_interleave(samples)
+            logits, positions = logits[rows], positions[rows]
+            for cache in caches:
+                cache.keep(rows)
+        chosen = logits.argmax(-1) if draws is None else _drawn(logits / temperature, draws[alive, step])
         if watch:
-            watch(alive.tolist(), logits)
-        chosen = logits.argmax(-1)
+            watch(alive.tolist(), logits, chosen)
         for row, token in zip(alive.tolist(), chosen.tolist(), strict=True):
             answers[row].append(token)
         kept = (chosen != eos).nonzero().squeeze(1)
@@ -290,3 +300,28 @@ def generate(
                 cache.keep(kept)
         alive, ids, positions = alive[kept], chosen[kept][:, None], positions[kept, -1:] + 1
     return answers
+
+
+def _next_logits(model: Gemma3ForCausalLM, ids: torch.Tensor, positions: torch.Tensor, caches: list[KeyValues]) -> torch.Tensor:
+    """Read ids (rows, T) on top of what the caches hold; logits (rows, V) after the last."""
+    x = embed(model, ids)
+    rotations = rope(model, positions, x.dtype)
+    for number, layer in enumerate(model.model.layers):
+        cos, sin = rotations[model.config.layer_types[number]]
+        x = block_forward(layer, x, cos, sin, cache=caches[number])
+    return logits_of(model, x[:, -1])
+
+
+def _draws(prompts: list[list[int]], samples: int, tokens: int, seed: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1), (prompts * samples, tokens), each prompt's from the seed and its own ids."""
+    found = []
+    for prompt in prompts:
+        generator = torch.Generator().manual_seed(int(digest_value([seed, prompt])[:15], 16))
+        found.append(torch.rand(samples, tokens, generator=generator, dtype=torch.float64))
+    return torch.cat(found)
+
+
+def _drawn(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Inverse of the cumulative distribution: logits (rows, V), uniform (rows,) -> tokens (rows,)."""
+    mass = logits.float().softmax(-1).double().cumsum(-1)  # (rows, V)
+    return torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)

@@ -112,7 +112,7 @@ def _ask(model: Gemma3ForCausalLM, tokenizer: Tokenizer, task: Task, records: Se
     prompts = [tokenizer.encode(task.prompt(record), bos=True) for record in records]
     seen: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = [[] for _ in records]
 
-    def watch(rows: list[int], logits: torch.Tensor) -> None:
+    def watch(rows: list[int], logits: torch.Tensor, _chosen: torch.Tensor) -> None:
         ids, log_probs, tail = top_k(logits, cache.header.k)
         for at, row in enumerate(rows):
             seen[row].append((ids[at], log_probs[at], tail[at]))
