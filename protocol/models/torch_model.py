@@ -10,7 +10,7 @@ Contexts are shorter than the sliding window (512), so local blocks differ by ro
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -259,9 +259,12 @@ def generate(
     samples: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
+    stop: Collection[int] = (),
     watch: Watch | None = None,
 ) -> list[list[int]]:
     """Continuations of a batch of prompts, the end token included where the model said it; finished rows leave the batch.
+
+    Tokens in `stop` end an answer as `eos` does (line breaks, for a teacher that was never corrected).
 
     `samples` answers a prompt lie side by side: row r is sample r % samples of prompt r // samples; a prompt is read once for all of them.
     Temperature 0 is greedy. Above it a token is drawn from softmax(logits / temperature); a prompt's draws come from `seed` and the prompt
@@ -277,9 +280,10 @@ def generate(
         for _ in model.model.layers
     ]
     answers: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
-    draws = _draws(prompts, samples, max_new_tokens, seed) if temperature > 0 else None  # (rows, tokens)
+    uniform = draws(prompts, samples, max_new_tokens, seed) if temperature > 0 else None  # (rows, tokens)
     alive = torch.arange(len(answers))
     positions = (torch.arange(longest)[None] - start[:, None]).clamp(min=0)
+    ends = torch.tensor([eos, *stop])
     for step in range(max_new_tokens):
         logits = _next_logits(model, ids, positions, caches)  # (rows, V)
         if step == 0 and samples > 1:
@@ -287,12 +291,12 @@ def generate(
             logits, positions = logits[rows], positions[rows]
             for cache in caches:
                 cache.keep(rows)
-        chosen = logits.argmax(-1) if draws is None else _drawn(logits / temperature, draws[alive, step])
+        chosen = logits.argmax(-1) if uniform is None else drawn(logits / temperature, uniform[alive, step])
         if watch:
             watch(alive.tolist(), logits, chosen)
         for row, token in zip(alive.tolist(), chosen.tolist(), strict=True):
             answers[row].append(token)
-        kept = (chosen != eos).nonzero().squeeze(1)
+        kept = (~torch.isin(chosen, ends)).nonzero().squeeze(1)
         if not len(kept):
             break
         if len(kept) < len(alive):
@@ -312,7 +316,7 @@ def _next_logits(model: Gemma3ForCausalLM, ids: torch.Tensor, positions: torch.T
     return logits_of(model, x[:, -1])
 
 
-def _draws(prompts: list[list[int]], samples: int, tokens: int, seed: int) -> torch.Tensor:
+def draws(prompts: list[list[int]], samples: int, tokens: int, seed: int) -> torch.Tensor:
     """Uniform numbers in [0, 1), (prompts * samples, tokens), each prompt's from the seed and its own ids."""
     found = []
     for prompt in prompts:
@@ -321,7 +325,7 @@ def _draws(prompts: list[list[int]], samples: int, tokens: int, seed: int) -> to
     return torch.cat(found)
 
 
-def _drawn(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def drawn(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Inverse of the cumulative distribution: logits (rows, V), uniform (rows,) -> tokens (rows,)."""
     mass = logits.float().softmax(-1).double().cumsum(-1)  # (rows, V)
     return torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
