@@ -67,26 +67,16 @@ class Engine:
         self.context = context
         self.threads = threads
         self.adapter_digest = ""
-        check_gguf(model)
-        _need_memory(model)
-        self.model_digest = digest_file(model)
-        self._load(model)
+        self._model = load_weights(model)
+        self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
+        self._size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         try:
+            self.model_digest = digest_file(model)
             self._open_context()
             self.set_adapter(adapter)
         except BaseException:
             self.close()
             raise
-
-    def _load(self, model: Path) -> None:
-        wanted = llama_cpp.llama_model_default_params()
-        wanted.n_gpu_layers = 0
-        forget()
-        self._model = llama_cpp.llama_model_load_from_file(str(model).encode(), wanted)
-        if not self._model:
-            raise BadInput(f"{model} does not load as a model{said()}")
-        self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
-        self._size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
 
     def _open_context(self) -> None:
         wanted = llama_cpp.llama_context_default_params()
@@ -234,6 +224,24 @@ class Engine:
             buffer = ctypes.create_string_buffer(-length)
             length = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, -length, 0, False)
         return buffer.raw[:length]
+
+
+def load_weights(path: Path) -> Any:
+    """llama.cpp's handle of a GGUF loaded for the CPU; `llama_model_free` frees it.
+
+    Raises:
+        BadInput: the file is missing, not a GGUF or damaged.
+        NotEnough: it does not fit this machine's free memory.
+    """
+    check_gguf(path)
+    _need_memory(path)
+    wanted = llama_cpp.llama_model_default_params()
+    wanted.n_gpu_layers = 0
+    forget()
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), wanted)
+    if not model:
+        raise BadInput(f"{path} does not load as a model{said()}")
+    return model
 
 
 def check_gguf(path: Path) -> None:
