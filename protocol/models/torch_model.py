@@ -10,7 +10,7 @@ Contexts are shorter than the sliding window (512), so local blocks differ by ro
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -245,6 +245,16 @@ class KeyValues:
         """Drop the rows that are finished."""
         self.k, self.v, self.start = self.k[rows], self.v[rows], self.start[rows]
 
+    def rewind(self, drop: torch.Tensor) -> None:
+        """Forget the last drop[row] columns of each row; the ends of the rows are aligned again."""
+        lengths = self.used - self.start - drop  # (rows,) real columns left
+        used = int(lengths.max())
+        start = used - lengths
+        column = (torch.arange(used)[None] - start[:, None] + self.start[:, None]).clamp(min=0)[:, None, :, None]  # (rows, 1, used, 1)
+        for held in (self.k, self.v):
+            held[:, :, :used] = held.gather(2, column.expand(-1, held.shape[1], -1, held.shape[3]))
+        self.start, self.used = start, used
+
 
 Watch = Callable[[list[int], torch.Tensor, torch.Tensor], None]  # rows still going, their logits (rows, V), the tokens chosen (rows,)
 
@@ -270,22 +280,13 @@ def generate(
     Temperature 0 is greedy. Above it a token is drawn from softmax(logits / temperature); a prompt's draws come from `seed` and the prompt
     itself, so they do not depend on what else is in the batch.
     """
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    start = torch.tensor([longest - len(prompt) for prompt in prompts])
-    config = model.config
-    dtype = model.model.embed_tokens.weight.dtype
-    caches = [
-        KeyValues(len(prompts), config.num_key_value_heads, longest + max_new_tokens, config.head_dim, dtype, start)
-        for _ in model.model.layers
-    ]
+    ids, positions, caches = begin(model, prompts, room=max_new_tokens)
     answers: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
     uniform = draws(prompts, samples, max_new_tokens, seed) if temperature > 0 else None  # (rows, tokens)
     alive = torch.arange(len(answers))
-    positions = (torch.arange(longest)[None] - start[:, None]).clamp(min=0)
     ends = torch.tensor([eos, *stop])
     for step in range(max_new_tokens):
-        logits = _next_logits(model, ids, positions, caches)  # (rows, V)
+        logits = logits_of(model, read_on(model, ids, positions, caches)[:, -1])  # (rows, V)
         if step == 0 and samples > 1:
             rows = torch.arange(len(prompts)).repeat_interleave(samples)
             logits, positions = logits[rows], positions[rows]
@@ -306,14 +307,26 @@ def generate(
     return answers
 
 
-def _next_logits(model: Gemma3ForCausalLM, ids: torch.Tensor, positions: torch.Tensor, caches: list[KeyValues]) -> torch.Tensor:
-    """Read ids (rows, T) on top of what the caches hold; logits (rows, V) after the last."""
+def begin(model: Gemma3ForCausalLM, prompts: Sequence[Sequence[int]], *, room: int) -> tuple[torch.Tensor, torch.Tensor, list[KeyValues]]:
+    """Prompts padded on the left: ids and positions (rows, T), and empty caches of their length and `room` more columns."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    start = torch.tensor([longest - len(prompt) for prompt in prompts])
+    config, dtype = model.config, model.model.embed_tokens.weight.dtype
+    caches = [
+        KeyValues(len(prompts), config.num_key_value_heads, longest + room, config.head_dim, dtype, start) for _ in model.model.layers
+    ]
+    return ids, (torch.arange(longest)[None] - start[:, None]).clamp(min=0), caches
+
+
+def read_on(model: Gemma3ForCausalLM, ids: torch.Tensor, positions: torch.Tensor, caches: Sequence[KeyValues]) -> torch.Tensor:
+    """Read ids (rows, T) on top of what the caches hold: (rows, T, hidden), no final norm."""
     x = embed(model, ids)
     rotations = rope(model, positions, x.dtype)
     for number, layer in enumerate(model.model.layers):
         cos, sin = rotations[model.config.layer_types[number]]
         x = block_forward(layer, x, cos, sin, cache=caches[number])
-    return logits_of(model, x[:, -1])
+    return x
 
 
 def draws(prompts: list[list[int]], samples: int, tokens: int, seed: int) -> torch.Tensor:
