@@ -14,6 +14,10 @@ def write(name: str, figures: dict[str, Any], *, command: str, rows: Sequence[Se
     RESULTS.mkdir(exist_ok=True)
     result = {"figures": figures, "machine": machine(), "commit": commit(), "command": command}
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print_table(rows)
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,88 @@
+"""What every measure of `make bench-forge` is told, and the models and data that several of them share.
+
+Rules:
+ * A measure is a module bench/forge_KEY.py with `measure(settings)`; it returns {"figure": number, "against": {...}, "n": ...} or, for
+   several figures of a row, {KEY: {...}, KEY_2: {...}}.
+ * It keeps what took long in `settings.folder(KEY)`, whole or not at all, and goes on from there after a kill.
+ * `quick` means tiny models and seconds: the measure's code is exercised, its figure means nothing.
+ * Shares are numbers in [0, 1]; times are seconds.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from coordinator.forge.pairs import read_pairs
+from coordinator.forge.students.trim import trim
+from coordinator.forge.teachers.packaged import packaged_teacher
+from protocol.blobs import write_atomically
+from protocol.tasks import Record, translation
+
+TRANSLATION = translation("English", "Spanish")
+COUNTED = 40_000  # pairs whose pieces are counted for the shared trimmed vocabulary
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """One run of the harness."""
+
+    data: Path  # holds tatoeba-en-es/{train,dev,test}.tsv and ntrex-en-es/first-997-mx.tsv
+    work: Path  # kept between runs
+    threads: int = 1
+    seed: int = 1
+    quick: bool = False
+    limit_s: float = 4 * 3600.0  # wall-clock after which a slow baseline is stopped
+
+    def folder(self, key: str) -> Path:
+        """Where that measure keeps what it has so far."""
+        path = self.work / key
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def kept(self, key: str, name: str, make: Callable[[], Any]) -> Any:
+        """A part of a measure, JSON, computed once."""
+        file = self.folder(key) / f"{name}.json"
+        if not file.is_file():
+            write_atomically(file, msgspec.json.format(msgspec.json.encode(make())))
+        return msgspec.json.decode(file.read_bytes())
+
+    def pairs(self, part: str, limit: int | None = None) -> list[Record]:
+        """Tatoeba's "train", "dev" or "test"; a handful of made-up ones when quick."""
+        if self.quick:
+            words = ("the cat sat on a mat", "the tank is low", "water is due", "no leak since night")
+            turned = ("el agua de la bomba", "el tanque del suelo", "la nota de la noche", "sin fuga en el nivel")
+            return [
+                Record(id=f"{part}-{i}", task=TRANSLATION.name, source=f"{words[i % 4]} {i}", target=f"{turned[i % 4]} {i}")
+                for i in range(min(limit or 24, 24))
+            ]
+        return read_pairs(self.data / "tatoeba-en-es" / f"{part}.tsv", TRANSLATION, limit=limit)
+
+    def base(self) -> Path:
+        """The packaged model as it is."""
+        if self.quick:
+            return _tiny(self.folder("shared") / "tiny.gguf")
+        return packaged_teacher(self.folder("shared"))
+
+    def trimmed(self) -> Path:
+        """The packaged model with the vocabulary of the training pairs: about 25,000 pieces."""
+        path = self.folder("shared") / "trimmed.gguf"
+        if self.quick:
+            return _tiny(path)
+        if not path.is_file():
+            records = self.pairs("train", COUNTED)
+            texts = [text for one in records for text in (TRANSLATION.prompt(one), TRANSLATION.target(one))]
+            part = path.with_name(path.name + ".part")
+            trim(self.base(), [*texts, TRANSLATION.template], part)
+            part.replace(path)
+        return path
+
+
+def _tiny(path: Path) -> Path:
+    from tests.tiny import tiny_checkpoint
+
+    if not path.is_file():
+        part = path.with_name(path.name + ".part")
+        tiny_checkpoint(layers=4, kind="F16").write(part)
+        part.replace(path)
+    return path

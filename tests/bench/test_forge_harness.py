@@ -1,0 +1,79 @@
+"""The harness of the forge's figures: finds measures, keeps results by key, and says what was met."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from bench import forge
+from bench.settings import Settings
+from protocol.errors import BadInput
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_figure_is_met_at_its_goal_and_one_of_size_below_it() -> None:
+    fast = forge.judged("step", {"step": {"figure": 5.0}, "step_2": {"figure": 1.9}})
+    small = forge.judged("tail_gap_nat", {"figure": 0.01})
+
+    assert [fast[key]["met"] for key in ("step", "step_2")] == [True, False]
+    assert small["tail_gap_nat"]["met"]
+    assert small["tail_gap_nat"]["at_most"] == 0.02
+
+
+def test_a_figure_that_could_not_be_had_is_not_met() -> None:
+    assert not forge.judged("throughput", {"figure": None})["throughput"]["met"]
+
+
+def test_a_figure_that_no_row_promises_is_refused() -> None:
+    with pytest.raises(BadInput, match="step_3"):
+        forge.judged("step", {"step_3": {"figure": 1.0}})
+    with pytest.raises(BadInput, match="no figure is called speed"):
+        forge.chosen("step,speed")
+
+
+def test_measuring_one_key_keeps_the_others_in_the_order_of_the_table(tmp_path: Path) -> None:
+    file = tmp_path / "results" / "forge.json"
+    forge.merge({"throughput": {"figure": 0.9}, "trim": {"figure": 2.0}}, file)
+
+    forge.merge({"step": {"figure": 5.0}, "trim": {"figure": 3.0}}, file)
+
+    figures = msgspec.json.decode(file.read_bytes())["figures"]
+    assert list(figures) == ["step", "throughput", "trim"]
+    assert figures["trim"]["figure"] == 3.0
+
+
+def test_a_key_measured_before_is_not_measured_again_unless_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def ran(command: list[str], **_: Any) -> Any:
+        calls.append(command)
+        (tmp_path / "throughput.json").write_bytes(b"{}")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(forge.subprocess, "run", ran)
+    settings = Settings(tmp_path, tmp_path, quick=True)
+    for again in (False, False, True):
+        assert forge.measured("throughput", settings, again=again)
+
+    assert len(calls) == 2
+
+
+@pytest.mark.torch
+@pytest.mark.llama
+def test_a_quick_run_measures_prints_the_table_and_leaves_the_results_alone(tmp_path: Path) -> None:
+    results = ROOT / "bench" / "results" / "forge.json"
+    before = results.read_bytes() if results.is_file() else b""
+    command = [sys.executable, "-m", "bench.forge", "--quick", "--only", "throughput", "--work", str(tmp_path), "--data", "nowhere"]
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == 0, done.stderr
+    assert any(line.startswith("throughput") and "of the machine's limit" in line for line in done.stdout.splitlines())
+    assert (results.read_bytes() if results.is_file() else b"") == before
+    entry = msgspec.json.decode((tmp_path / "quick" / "throughput.json").read_bytes())["throughput"]
+    assert entry["figure"] > 0
+    assert {"met", "at_least", "machine", "commit", "day", "seconds", "n", "interval"} <= set(entry)
