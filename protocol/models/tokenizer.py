@@ -6,12 +6,14 @@ Prompt and target are tokenised apart and joined as ids (see `protocol.tasks`). 
 import ctypes
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import llama_cpp
 
 import protocol.models.llama_log  # noqa: F401  # keeps llama.cpp off stderr
+from protocol.digests import digest_value
 from protocol.errors import BadInput, MalformedMessage
 from protocol.tasks import Record, Task
 
@@ -60,6 +62,15 @@ class Tokenizer:
         buffer = ctypes.create_string_buffer(256)
         count = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, 256, 0, False)
         return buffer.raw[: max(0, count)]
+
+    def is_end(self, token: int) -> bool:
+        """Whether the model means by it that the answer is over: `eos` and its like (the end of a turn)."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all pieces in order, as `Checkpoint.vocabulary` holds them: two models with the same one share their ids."""
+        return digest_value([llama_cpp.llama_vocab_get_text(self._vocab, token).decode() for token in range(self.size)])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; control tokens vanish, bytes that are not UTF-8 become U+FFFD."""
