@@ -32,6 +32,7 @@ HOMES = {
     "sklearn": ("coordinator/ranch/", "coordinator/forge/"),
     "matplotlib": ("coordinator/forge/",),
     "sacrebleu": ("coordinator/forge/",),
+    "py3langid": ("coordinator/forge/synthesis/language.py",),
     "alembic": ("coordinator/fleet/",),
     "argon2": ("coordinator/dashboard/",),
 }
@@ -39,7 +40,8 @@ HOMES = {
 PURE = (
     "protocol/names.py", "protocol/messages.py", "protocol/tasks.py", "protocol/releases.py", "protocol/adapters.py",
     "protocol/codec.py", "protocol/topics.py", "protocol/confidence.py", "coordinator/federation/merge.py",
-    "coordinator/federation/admission.py", "coordinator/federation/gate.py", "node/escalation/consensus.py",
+    "coordinator/federation/admission.py", "coordinator/federation/gate.py", "coordinator/forge/synthesis/gates.py",
+    "node/escalation/consensus.py",
 )  # fmt: skip
 IMPURE_MODULES = {"time", "os", "socket", "random", "subprocess", "threading", "requests", "httpx", "pathlib", "sqlite3", "sqlalchemy"}
 
