@@ -32,6 +32,10 @@ class Batch:
         """Tokens in the batch, with padding: what it costs."""
         return self.ids.numel()
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same rows where the model is."""
+        return Batch(self.index, *(part.to(device) for part in (self.ids, self.rows, self.columns, self.targets)))
+
 
 class Feed(Protocol):
     """Which examples share a batch, and in which order."""

@@ -141,7 +141,7 @@ def rope(model: Gemma3ForCausalLM, positions: torch.Tensor, dtype: torch.dtype) 
     """Layer type -> (cos, sin), each (1, 1, T, head) or (B, 1, T, head)."""
     rotary: Any = model.model.rotary_emb
     positions = positions if positions.ndim == 2 else positions[None]
-    probe = torch.empty(0, dtype=dtype)
+    probe = torch.empty(0, dtype=dtype, device=positions.device)
     found = {}
     for kind in set(model.config.layer_types):
         cos, sin = rotary(probe, positions, kind)
@@ -173,7 +173,7 @@ def block_forward(
     if cache is not None:
         k, v, bias = cache.extend(k, v)
     else:
-        bias = torch.full((length, length), -torch.inf).triu(1)
+        bias = torch.full((length, length), -torch.inf, device=x.device).triu(1)
     mixed = _attend(q, k, v, bias, attention.scaling)
     mixed = mixed.transpose(1, 2).reshape(batch, length, -1)  # (B, T, heads * head)
     if at is not None:
@@ -208,7 +208,7 @@ def hidden_states(
     """
     if x.shape[1] > model.config.sliding_window:
         raise TooLarge(f"{x.shape[1]} tokens in one row; training rows are limited to the sliding window of {model.config.sliding_window}")
-    rotations = rope(model, torch.arange(x.shape[1]), x.dtype)
+    rotations = rope(model, torch.arange(x.shape[1], device=x.device), x.dtype)
     end = len(model.model.layers) if last is None else last
     for number in range(first, end):
         cos, sin = rotations[model.config.layer_types[number]]
@@ -227,8 +227,8 @@ class KeyValues:
     """Keys and values of one block while a batch is generated; rows are padded on the left, `start` is each row's first real column."""
 
     def __init__(self, batch: int, heads: int, room: int, width: int, dtype: torch.dtype, start: torch.Tensor) -> None:
-        self.k = torch.zeros(batch, heads, room, width, dtype=dtype)
-        self.v = torch.zeros(batch, heads, room, width, dtype=dtype)
+        self.k = torch.zeros(batch, heads, room, width, dtype=dtype, device=start.device)
+        self.v = torch.zeros_like(self.k)
         self.start, self.used = start, 0
 
     def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -236,10 +236,10 @@ class KeyValues:
         length = k.shape[2]
         begin, end = self.used, self.used + length
         self.k[:, :, begin:end], self.v[:, :, begin:end], self.used = k, v, end
-        column = torch.arange(end)
-        seen = (column[None] <= torch.arange(begin, end)[:, None])[None] & (column[None, None] >= self.start[:, None, None])
-        seen |= column[None, None] == torch.arange(begin, end)[None, :, None]  # padding sees itself, or its softmax would be 0/0
-        return self.k[:, :, :end], self.v[:, :, :end], torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None]
+        column = torch.arange(end, device=k.device)
+        seen = (column[None] <= column[begin:, None])[None] & (column[None, None] >= self.start[:, None, None])
+        seen |= column[None, None] == column[None, begin:, None]  # padding sees itself, or its softmax would be 0/0
+        return self.k[:, :, :end], self.v[:, :, :end], torch.zeros(seen.shape, device=k.device).masked_fill(~seen, -torch.inf)[:, None]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop the rows that are finished."""
@@ -250,7 +250,9 @@ class KeyValues:
         lengths = self.used - self.start - drop  # (rows,) real columns left
         used = int(lengths.max())
         start = used - lengths
-        column = (torch.arange(used)[None] - start[:, None] + self.start[:, None]).clamp(min=0)[:, None, :, None]  # (rows, 1, used, 1)
+        column = (torch.arange(used, device=start.device)[None] - start[:, None] + self.start[:, None]).clamp(min=0)[
+            :, None, :, None
+        ]  # (rows, 1, used, 1)
         for held in (self.k, self.v):
             held[:, :, :used] = held.gather(2, column.expand(-1, held.shape[1], -1, held.shape[3]))
         self.start, self.used = start, used
@@ -283,16 +285,16 @@ def generate(
     ids, positions, caches = begin(model, prompts, room=max_new_tokens)
     answers: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
     uniform = draws(prompts, samples, max_new_tokens, seed) if temperature > 0 else None  # (rows, tokens)
-    alive = torch.arange(len(answers))
-    ends = torch.tensor([eos, *stop])
+    alive = torch.arange(len(answers), device=ids.device)
+    ends = torch.tensor([eos, *stop], device=ids.device)
     for step in range(max_new_tokens):
         logits = logits_of(model, read_on(model, ids, positions, caches)[:, -1])  # (rows, V)
         if step == 0 and samples > 1:
-            rows = torch.arange(len(prompts)).repeat_interleave(samples)
+            rows = torch.arange(len(prompts), device=ids.device).repeat_interleave(samples)
             logits, positions = logits[rows], positions[rows]
             for cache in caches:
                 cache.keep(rows)
-        chosen = logits.argmax(-1) if uniform is None else drawn(logits / temperature, uniform[alive, step])
+        chosen = logits.argmax(-1) if uniform is None else drawn(logits / temperature, uniform[alive.cpu(), step].to(logits.device))
         if watch:
             watch(alive.tolist(), logits, chosen)
         for row, token in zip(alive.tolist(), chosen.tolist(), strict=True):
@@ -310,13 +312,13 @@ def generate(
 def begin(model: Gemma3ForCausalLM, prompts: Sequence[Sequence[int]], *, room: int) -> tuple[torch.Tensor, torch.Tensor, list[KeyValues]]:
     """Prompts padded on the left: ids and positions (rows, T), and empty caches of their length and `room` more columns."""
     longest = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    start = torch.tensor([longest - len(prompt) for prompt in prompts])
-    config, dtype = model.config, model.model.embed_tokens.weight.dtype
+    config, dtype, device = model.config, model.model.embed_tokens.weight.dtype, model.model.embed_tokens.weight.device
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    start = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     caches = [
         KeyValues(len(prompts), config.num_key_value_heads, longest + room, config.head_dim, dtype, start) for _ in model.model.layers
     ]
-    return ids, (torch.arange(longest)[None] - start[:, None]).clamp(min=0), caches
+    return ids, (torch.arange(longest, device=device)[None] - start[:, None]).clamp(min=0), caches
 
 
 def read_on(model: Gemma3ForCausalLM, ids: torch.Tensor, positions: torch.Tensor, caches: Sequence[KeyValues]) -> torch.Tensor:

@@ -192,6 +192,7 @@ def train(
                 _save(state, key, work, done)
                 saved = time.monotonic()
     finally:
+        work.close()
         model.eval()
     tenth = max(1, len(done.losses) // 10)
     return TrainResult(
@@ -218,7 +219,7 @@ def mean_loss(model: Gemma3ForCausalLM, examples: Sequence[Example], *, batch_to
     total, count = 0.0, 0
     lengths = [len(one.prompt) + len(one.target) - 1 for one in examples]
     for index in plan(lengths, batch_tokens=batch_tokens, generator=None):
-        batch = collate(examples, index)
+        batch = collate(examples, index).to(model.model.embed_tokens.weight.device)
         logits = logits_of(model, hidden_states(model, embed(model, batch.ids), at=(batch.rows, batch.columns))).float()
         total += float(F.cross_entropy(logits, batch.targets, reduction="sum"))
         count += len(batch.targets)
@@ -250,12 +251,36 @@ class _Work:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_(True) for p in self.parameters]
+        self.hooks = [self._stream(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
+        self.device = model.model.embed_tokens.weight.device
         self.optimizer = torch.optim.AdamW(self.masters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True)
         self.embedding_trained = any(parameter.requires_grad for parameter in model.model.embed_tokens.parameters())
         self.first = min([self._lowest_trained_block(), *taps])
         tokens = sum(len(one.prompt) + len(one.target) for one in feed.examples)
         self.keeps = self.first > 0 and tokens * model.config.hidden_size * model.dtype.itemsize <= KEPT_BYTES
         self.kept: dict[int, torch.Tensor] = {}  # example -> (T, hidden) below the lowest trained block
+
+    def _stream(self, parameter: torch.nn.Parameter, master: torch.Tensor) -> torch.utils.hooks.RemovableHandle:
+        """Add each gradient to its master's the moment it is there, while it is in the processor's cache, into memory that is kept.
+
+        Fetching fresh memory for every gradient, twice, was a fifth of a step (docs/log.md).
+        """
+        room = torch.zeros_like(master, requires_grad=False)
+
+        def add(trained: torch.Tensor) -> None:
+            assert trained.grad is not None
+            if master.grad is None:
+                master.grad = room.copy_(trained.grad)
+            else:
+                master.grad.add_(trained.grad)
+            trained.grad = None
+
+        return parameter.register_post_accumulate_grad_hook(add)
+
+    def close(self) -> None:
+        """Leave the model's parameters as they were found, but for their values."""
+        for hook in self.hooks:
+            hook.remove()
 
     def _lowest_trained_block(self) -> int:
         """Blocks below it need no gradients. 0 when the embedding itself is trained."""
@@ -275,26 +300,25 @@ class _Work:
         with torch.set_grad_enabled(self.embedding_trained):
             x = hidden_states(self.model, embed(self.model, batch.ids), last=self.first)
         if self.keeps:
-            ends = torch.zeros(len(batch.index), dtype=torch.long).scatter_reduce(0, batch.rows, batch.columns, "amax") + 1
+            ends = (
+                torch.zeros(len(batch.index), dtype=torch.long, device=self.device).scatter_reduce(0, batch.rows, batch.columns, "amax") + 1
+            )
             for row, i in enumerate(batch.index):
                 self.kept[i] = x[row, : ends[row]].clone()
         return x
 
     def step(self, batches: Sequence[Batch], *, rate: float) -> float:
         """Forward, backward, update; returns the loss before the update, over all processes."""
-        total = torch.zeros(())
-        for batch in batches:
+        total = torch.zeros((), device=self.device)
+        for batch in (batch.to(self.device) for batch in batches):
             states: dict[int, torch.Tensor] = dict.fromkeys(self.taps, total)
             x = hidden_states(self.model, self._inputs(batch), first=self.first, at=(batch.rows, batch.columns), taps=states)
             value = self.loss(View(self.model, x, states), batch) / self.accumulate
             value.backward()
             total += value.detach().float()
-            for parameter, master in zip(self.parameters, self.masters, strict=True):
-                if master is not parameter and parameter.grad is not None:
-                    grad, parameter.grad = parameter.grad.float(), None
-                    master.grad = grad if master.grad is None else master.grad + grad
-        self.world.add([total, *(master.grad for master in self.masters if master.grad is not None)])
-        torch.nn.utils.clip_grad_norm_(self.masters, self.clip)
+        grads = [master.grad for master in self.masters if master.grad is not None]
+        self.world.add([total, *grads])
+        self._clip(grads)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * rate
         self.optimizer.step()
@@ -304,6 +328,13 @@ class _Work:
                 if master is not parameter:
                     parameter.copy_(master)
         return float(total)
+
+    def _clip(self, grads: Sequence[torch.Tensor]) -> None:
+        """Gradients of a norm above `clip` are divided down to it: by the optimiser as it reads them, not in a pass of their own."""
+        if not grads:
+            return
+        norm = torch.nn.utils.get_total_norm(grads)
+        self.optimizer.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1.0).float()
 
 
 def _rate(share: float, warm_up: float, final: float) -> float:

@@ -205,3 +205,26 @@ def test_what_cannot_be_trained_is_refused(tiny: Path, examples: list[Example]) 
         )
     with pytest.raises(BadInput, match="multiple of 2"):
         train(model, Epochs(examples), parameters=body(model), learning_rate=1e-3, steps=1, accumulate=3, world=Pair())
+
+
+def test_after_training_a_backward_pass_of_others_finds_its_gradients(tiny: Path, examples: list[Example]) -> None:
+    model, _ = trained(tiny, examples, steps=1, dtype=torch.bfloat16)
+    batch = collate(examples, [0])
+
+    logits_of(model, hidden_states(model, embed(model, batch.ids))).float().sum().backward()
+
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+def test_a_gradient_above_the_clip_is_cut_down_to_it(tiny: Path, examples: list[Example]) -> None:
+    """AdamW forgets the size of a gradient that never changes, so the optimiser is looked at, not the weights."""
+    norms = []
+    for clip in (1e-3, 1e9):
+        model = to_torch(Checkpoint.read(tiny))
+        work = training._Work(model, Epochs(examples), body(model), training.cross_entropy, (), 1e-3, 0.0, clip, 1, training.Alone())
+        work.step([collate(examples, [0])], rate=1.0)
+        first = [state["exp_avg"] / 0.1 for state in work.optimizer.state.values()]
+        norms.append(float(torch.nn.utils.get_total_norm(first)))
+
+    assert norms[0] == pytest.approx(1e-3, rel=1e-2)
+    assert norms[1] > 0.1
