@@ -1,6 +1,7 @@
-"""The whole loop, once, as a benchmark: `make bench-loop`, or `python -m bench.loop [--seed N]`.
+"""The whole loop, once, as a benchmark: `make bench-loop`, or `python -m bench.loop [--seed N] [--finished RESULT.json]`.
 
-Runs `milpa-fleet demo` in a fresh models folder, so that nothing is taken from an earlier run, and writes bench/results/loop.json.
+Runs `milpa-fleet demo` in a fresh models folder, so that nothing is taken from an earlier run, and writes bench/results/loop.json. With
+--finished it takes the figures of a demo that has run (runs/TIME/result.json) instead; what that demo found in its models folder shows in `stages`.
 """
 
 import argparse
@@ -8,28 +9,36 @@ import json
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
+from typing import Any
 
 from bench.result import write
 
 LIMIT_S = 3_600
+KEYS = ("seconds", "releases", "improved", "verdict", "teacher", "student", "baselines", "paired", "sites", "stages", "machine", "commit")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
-    seed = parser.parse_args().seed
-    with tempfile.TemporaryDirectory(prefix="milpa-bench-") as models:
-        command = [sys.executable, "-m", "deploy.cli", "demo", "--seed", str(seed), "--work", models, "--json"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, timeout=LIMIT_S, check=True)
-    result = json.loads(done.stdout)
-    figures = {
-        key: result[key] for key in ("seconds", "releases", "improved", "verdict", "teacher", "student", "baselines", "paired", "sites")
-    }
+    parser.add_argument("--finished", type=Path, help="result.json of a demo that has run")
+    options = parser.parse_args()
+    if options.finished:
+        result, command = json.loads(options.finished.read_text(encoding="utf-8")), "make demo"
+    else:
+        result, command = ran(options.seed), f"python -m bench.loop --seed {options.seed}"
+    figures = {key: result[key] for key in KEYS}
     for site in figures["sites"].values():
         for when in ("before", "after"):
             site[when] = {key: value for key, value in site[when].items() if key not in ("curve", "reliability")}
-    figures["stages"] = result["stages"]
-    write("loop", figures, command=f"python -m bench.loop --seed {seed}", rows=rows(result))
+    write("loop", figures, command=command, rows=rows(result))
+
+
+def ran(seed: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="milpa-bench-") as models:
+        command = [sys.executable, "-m", "deploy.cli", "demo", "--seed", str(seed), "--work", models, "--json"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, timeout=LIMIT_S, check=True)
+    return json.loads(done.stdout)
 
 
 def rows(result: dict) -> list[tuple[str, ...]]:

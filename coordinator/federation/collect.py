@@ -10,14 +10,11 @@ written before the reply is told to anyone, so a round that dies loses nothing t
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from io import BytesIO
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import msgspec
@@ -29,7 +26,7 @@ from protocol.adapters import AdapterHeader, AdapterQuestion, AdapterReceipt, Ad
 from protocol.blobs import write_atomically
 from protocol.digests import digest_bytes
 from protocol.errors import BadInput, MalformedMessage, MilpaError, TooLarge, Unavailable
-from protocol.lines import first_line, read_lines
+from protocol.lines import child_lines, first_line
 from protocol.names import checked_name
 
 REPLY_LIMIT = 256 * 1024  # bytes of a reply's JSON; 200 modules are about 20 kB
@@ -37,7 +34,6 @@ POLL_S = 0.5  # the SuperLink spends 6 ms a request
 QUIET_S = 5.0  # without a list of expected sites: done when all asked have answered and nobody new came for this long
 RECEIPT_S = 3.0  # for nodes to take their receipt before the run closes; without it they stay until their window ends
 GRACE_S = RECEIPT_S + 5.0  # past the deadline, for the child to close its run
-STOP_S = 2.0
 DIGEST_CHARACTERS = 16  # of a digest in a file's name
 
 
@@ -108,7 +104,10 @@ def collect(
             return asked
         job = Job(address, token, secret, question, str(folder.resolve()), left, missing, minimum)
         finished = False
-        for told in _child(job, flower_home, until=end + GRACE_S):
+        for told in child_lines(
+            "coordinator.federation.collect", job, Told, environment=environment(flower_home.resolve()),
+            over=lambda: time.monotonic() >= end + GRACE_S,
+        ):  # fmt: skip
             if told.kind == "open":
                 opened = True
                 on_progress("the round is open")
@@ -155,45 +154,6 @@ def read_adapter(folder: Path, reply: Reply) -> Flat | None:
     except (OSError, ValueError, EOFError):
         return None
     return flat if digest_bytes(flat.tobytes()) == reply.digest else None
-
-
-def _child(job: Job, flower_home: Path, *, until: float) -> Iterator[Told]:
-    """The child's lines. However this generator ends, the child is gone."""
-    lines: SimpleQueue[bytes] = SimpleQueue()
-    with subprocess.Popen(
-        [sys.executable, "-m", "coordinator.federation.collect"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=None if os.environ.get("MILPA_FLOWER_LOG") else subprocess.DEVNULL,
-        env={**os.environ, **environment(flower_home.resolve())},
-        cwd=Path(__file__).parents[2],  # `-m` finds us there, installed or not
-        start_new_session=True,
-    ) as child:
-        assert child.stdin is not None and child.stdout is not None
-        reader = threading.Thread(target=read_lines, args=(child.stdout, lines), daemon=True)
-        reader.start()
-        try:
-            child.stdin.write(msgspec.json.encode(job) + b"\n")
-            child.stdin.flush()  # left open: its end tells the child that we are gone
-            while time.monotonic() < until:
-                try:
-                    line = lines.get(timeout=0.2)
-                except Empty:
-                    continue
-                if not line:
-                    return
-                try:
-                    yield msgspec.json.decode(line, type=Told)
-                except msgspec.DecodeError:
-                    continue  # flwr prints to stdout now and then
-        except BrokenPipeError:
-            return
-        finally:
-            child.terminate()
-            try:
-                child.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                child.kill()
 
 
 # ------------------------------------------------------------------------------------------------------------------ the child

@@ -4,25 +4,19 @@ A child process runs Flower's SuperNode and our executor (`node.learn.flower`); 
 dies while the window is open. The child sees the folder with the stored adapter, never the node's records.
 """
 
-import os
 import secrets
 import socket
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import msgspec
 
-from protocol.lines import read_lines
+from protocol.lines import child_lines
 from protocol.names import checked_name
 
-STOP_S = 5.0  # to sign off at the SuperLink
 AGAIN_S = 3.0  # before a child that died is started again
 SLICE_S = 0.2
 
@@ -75,7 +69,7 @@ def sync(
                 "node": node, "state_dir": str(state_dir.resolve()), "superlink": superlink, "port": _free_port(),
                 "secret_file": str(secret_file), "fleet_token": fleet_token,
             }  # fmt: skip
-            for said in _child(job, flower_home=Path(private), over=over):
+            for said in child_lines("node.learn.flower", job, dict[str, Any], environment=_quiet(Path(private)), over=over):
                 if said.get("kind") == "answered":
                     codes.append(str(said.get("code", "")))
                     on_progress(f"answered: {codes[-1]}")
@@ -87,48 +81,14 @@ def sync(
     return SyncResult(node, heard and "adapter" in codes, tuple(codes), restarts, round(time.monotonic() - begun, 3))
 
 
-def _child(job: dict[str, Any], *, flower_home: Path, over: Callable[[], bool]) -> Any:
-    """Lines of the child until it dies or the window is over; then it is gone."""
-    quiet = {
+def _quiet(flower_home: Path) -> dict[str, str]:
+    """What keeps Flower from calling home and from installing anything."""
+    return {
         "FLWR_HOME": str(flower_home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     }
-    lines: SimpleQueue[bytes] = SimpleQueue()
-    with subprocess.Popen(
-        [sys.executable, "-m", "node.learn.flower"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=None if os.environ.get("MILPA_FLOWER_LOG") else subprocess.DEVNULL,
-        env={**os.environ, **quiet},
-        cwd=Path(__file__).parents[2],  # `-m` finds us there, installed or not
-        start_new_session=True,
-    ) as child:
-        assert child.stdin is not None and child.stdout is not None
-        threading.Thread(target=read_lines, args=(child.stdout, lines), daemon=True).start()
-        try:
-            child.stdin.write(msgspec.json.encode(job) + b"\n")
-            child.stdin.flush()  # left open: its end tells the child that we are gone
-            while not over():
-                try:
-                    line = lines.get(timeout=SLICE_S)
-                except Empty:
-                    continue
-                if not line:
-                    return
-                try:
-                    yield msgspec.json.decode(line, type=dict[str, Any])
-                except msgspec.DecodeError:
-                    continue  # not one of ours
-        except BrokenPipeError:
-            return
-        finally:
-            child.terminate()
-            try:
-                child.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                child.kill()
 
 
 def _wait(seconds: float, over: Callable[[], bool]) -> None:
