@@ -11,10 +11,11 @@ from typing import Literal
 import msgspec
 import numpy as np
 import torch
+from transformers import Gemma3ForCausalLM
 
 from protocol.adapters import unpack
 from protocol.models.checkpoint import Checkpoint, encode_tensor
-from protocol.models.feed import Epochs
+from protocol.models.feed import Epochs, Feed
 from protocol.models.lora import ALL_MODULES, Factors, attach, detach, initial_adapter
 from protocol.models.tokenizer import Example
 from protocol.models.torch_model import best_dtype, from_torch, to_torch
@@ -50,12 +51,33 @@ def trained(
     Raises:
         NotEnough, Diverged: as `protocol.models.training.train`.
     """
+    return trained_by(
+        checkpoint,
+        lambda _: (Epochs(examples, batch_tokens=recipe.batch_tokens, seed=seed), loss),
+        recipe,
+        seed=seed,
+        progress=progress,
+        state=state,
+    )
+
+
+def trained_by(
+    checkpoint: Checkpoint,
+    course: Callable[[Gemma3ForCausalLM], tuple[Feed, Loss]],
+    recipe: Recipe,
+    *,
+    seed: int,
+    progress: Callable[[Step], None] | None = None,
+    state: Path | None = None,
+) -> tuple[Checkpoint, TrainResult]:
+    """As `trained`, on whatever `course` makes of the model in training: a feed that lets it write, for one."""
     model = to_torch(checkpoint, dtype=best_dtype())
 
     def run(parameters: Sequence[torch.nn.Parameter]) -> TrainResult:
+        feed, loss = course(model)
         return train(
             model,
-            Epochs(examples, batch_tokens=recipe.batch_tokens, seed=seed),
+            feed,
             parameters=parameters,
             learning_rate=recipe.learning_rate,
             loss=loss,
