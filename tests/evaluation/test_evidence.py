@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from coordinator.forge.judging import evidence
+from coordinator.forge.judging import claims, evidence
 from coordinator.forge.judging.calibrate import fit
 from coordinator.forge.judging.evaluation import Evaluation
 from tests.evaluation.conftest import simulated
@@ -19,7 +19,7 @@ BASE = simulated(1500, accuracy=0.9)
 
 
 def test_a_share_of_the_teacher_is_claimed_where_the_interval_is_narrow() -> None:
-    sentence = evidence.retention(with_right(BASE, 1350), with_right(BASE, 1215), "general", seed=1)
+    sentence = claims.retention(with_right(BASE, 1350), with_right(BASE, 1215), "general", seed=1)
 
     assert sentence.startswith("general: the student keeps 90% of the teacher's verdict accuracy (95% interval 88.")
     assert "n = 1500" in sentence
@@ -28,14 +28,14 @@ def test_a_share_of_the_teacher_is_claimed_where_the_interval_is_narrow() -> Non
 def test_few_records_allow_a_range_only() -> None:
     few = msgspec.structs.replace(BASE, answers=BASE.answers[:60])
 
-    sentence = evidence.retention(with_right(few, 50), with_right(few, 40), "esteli", seed=1)
+    sentence = claims.retention(with_right(few, 50), with_right(few, 40), "esteli", seed=1)
 
     assert "keeps between" in sentence
     assert "60 records allow no closer statement" in sentence
 
 
 def test_a_teacher_that_knows_nothing_allows_no_ratio() -> None:
-    assert "too near zero" in evidence.retention(with_right(BASE, 0), with_right(BASE, 10), "general", seed=1)
+    assert "too near zero" in claims.retention(with_right(BASE, 0), with_right(BASE, 10), "general", seed=1)
 
 
 STUDENT = {"accuracy": 0.80, "accuracy_ci": [0.76, 0.84]}
@@ -46,15 +46,15 @@ STUDENT = {"accuracy": 0.80, "accuracy_ci": [0.76, 0.84]}
     [([0.85, 0.90], "is better than the student"), ([0.75, 0.78], "as good as the student within the intervals"), ([0.60, 0.70], "")],
 )
 def test_a_baseline_as_good_as_the_student_is_named(interval: list[float], told: str) -> None:
-    sentence = evidence.against("trees_note", {"accuracy": sum(interval) / 2, "accuracy_ci": interval}, STUDENT, "general")
+    sentence = claims.against("trees_note", {"accuracy": sum(interval) / 2, "accuracy_ci": interval}, STUDENT, "general")
 
     assert told in sentence
     assert bool(sentence) == bool(told)
 
 
 def test_what_quantisation_costs_is_said_with_its_interval() -> None:
-    hidden = evidence.quantisation({"diff": -0.004, "low": -0.012, "high": 0.004}, "general", "verdict")
-    seen = evidence.quantisation({"diff": -1.5, "low": -2.5, "high": -0.5}, "general", "text")
+    hidden = claims.quantisation({"diff": -0.004, "low": -0.012, "high": 0.004}, "general", "verdict")
+    seen = claims.quantisation({"diff": -1.5, "low": -2.5, "high": -0.5}, "general", "text")
 
     assert hidden.startswith("general: no difference found")
     assert "-1.2 points to +0.4 points" in hidden
@@ -62,7 +62,7 @@ def test_what_quantisation_costs_is_said_with_its_interval() -> None:
 
 
 def test_a_peer_that_is_better_is_called_better() -> None:
-    assert evidence.against_peer("apertium", {"diff": -3.0, "low": -4.0, "high": -2.0}, "s", "text").startswith("s: apertium is better")
+    assert claims.against_peer("apertium", {"diff": -3.0, "low": -4.0, "high": -2.0}, "s", "text").startswith("s: apertium is better")
 
 
 def test_the_bundle_holds_every_model_on_every_set_and_what_was_not_tested() -> None:

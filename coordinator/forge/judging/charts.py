@@ -12,8 +12,10 @@ from typing import Any
 from coordinator.forge.judging.metrics import wilson
 from protocol.confidence import interpolate
 
-INK, MUTED, LINE, ACCENT, FAINT = "#010101", "#020202", "#030303", "#040404", "#050505"
-VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", ACCENT: "var(--accent)", FAINT: "var(--faint)"}
+INK, MUTED, LINE, ACCENT, FAINT, RED = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
+VARIABLES = {
+    INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", ACCENT: "var(--accent)", FAINT: "var(--faint)", RED: "var(--red)",
+}  # fmt: skip
 WIDTH = 10.4  # inches; the SVG scales with the page, and this gives its text the size of the page's small print
 HALF = 4.9
 STYLE: dict[str, Any] = {
@@ -25,6 +27,8 @@ STYLE: dict[str, Any] = {
 }  # fmt: skip
 
 Row = tuple[str, float, Sequence[float] | None, bool]  # label, value, [low, high], stands out
+Difference = tuple[str, float, float, float, bool]  # label, difference, low, high, a named loss
+Sized = tuple[str, float, float, Sequence[float] | None, bool]  # label, MiB, quality, [low, high], stands out
 
 
 def _draw(paint: Callable[[Any], None], *, height: float, label: str, width: float = WIDTH) -> str:
@@ -137,6 +141,70 @@ def calibration(groups: Mapping[str, Sequence[Mapping[str, float]]], *, label: s
         _grid(axes, "y")
 
     return _draw(paint, height=3.0, label=label, width=HALF)
+
+
+def forest(rows: Sequence[Difference], *, unit: str, label: str) -> str:
+    """Differences with their 95% intervals, one row a category, around a line at zero; a named loss is red and bold."""
+
+    def paint(axes: Any) -> None:
+        axes.axvline(0, color=LINE, linewidth=1.0, zorder=0)
+        for place, (_, value, low, high, lost) in enumerate(reversed(rows)):
+            colour = RED if lost else INK
+            axes.plot([low, high], [place, place], color=colour, linewidth=1.1)
+            axes.plot([value], [place], "o", color=colour, markersize=5)
+        axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
+        for text, row in zip(axes.get_yticklabels(), reversed(rows), strict=True):
+            text.set_color(RED if row[4] else INK)
+            text.set_fontweight("bold" if row[4] else "normal")
+        reach = max([abs(end) for row in rows for end in row[1:4]] + [1e-9])
+        axes.set_xlim(-1.08 * reach, 1.08 * reach)  # the same scale on both sides: a loss does not look smaller than a gain
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlabel(unit)
+        axes.spines["left"].set_visible(False)
+        _grid(axes, "x")
+
+    return _draw(paint, height=0.72 + 0.26 * len(rows), label=label, width=HALF)
+
+
+def pareto(rows: Sequence[Sized], *, unit: str, label: str, share: bool) -> str:
+    """Quality against file size (logarithmic), with intervals. The line joins what no smaller file equals or beats."""
+    scale = 100.0 if share else 1.0
+
+    def paint(axes: Any) -> None:
+        best, edge = float("-inf"), []
+        for _, size, value, _, _ in sorted(rows, key=lambda row: (row[1], -row[2])):
+            if value > best:
+                best = value
+                edge.append((size, scale * value))
+        axes.plot([x for x, _ in edge], [y for _, y in edge], color=LINE, linewidth=1.2, zorder=0)
+        middle = (min(row[1] for row in rows) * max(row[1] for row in rows)) ** 0.5
+        for name, size, value, interval, strong in rows:
+            colour = ACCENT if strong else MUTED
+            if interval:
+                axes.plot([size, size], [scale * interval[0], scale * interval[1]], color=colour, linewidth=1.0, alpha=0.7)
+            axes.plot([size], [scale * value], "o", color=colour, markersize=6)
+            right = size <= middle
+            axes.annotate(
+                name, (size, scale * value), xytext=(7 if right else -7, 4), textcoords="offset points", ha="left" if right else "right",
+                color=INK if strong else MUTED, fontweight="bold" if strong else "normal",
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_xlim(min(row[1] for row in rows) / 1.4, max(row[1] for row in rows) * 1.4)
+        ticks = _sizes(min(row[1] for row in rows), max(row[1] for row in rows))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("file, MiB (logarithmic)")
+        axes.set_ylabel(unit)
+        _grid(axes, "y")
+
+    return _draw(paint, height=3.0, label=label, width=HALF)
+
+
+def _sizes(low: float, high: float) -> list[float]:
+    """Round sizes from below `low` to above `high`: 1, 2, 5, 10, ... but at most about six."""
+    found = [digit * 10.0**power for power in range(-3, 6) for digit in (1, 2, 5)]
+    inside = [size for size in found if low / 1.4 <= size <= high * 1.4] or [low]
+    return inside[:: -(-len(inside) // 6)]
 
 
 def timeline(stages: Sequence[Mapping[str, Any]], *, label: str) -> str:

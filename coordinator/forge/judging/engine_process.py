@@ -45,6 +45,7 @@ class Answered(msgspec.Struct, frozen=True, tag="answered"):
     prompt_tokens: int
     seconds: float  # reading the prompt and generating
     stopped: str
+    cpu_seconds: float = 0.0  # of this process, user and system, all its threads: what a busier machine does not change
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
@@ -76,6 +77,12 @@ def peak_rss_mb() -> float:
     return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
+def cpu_seconds() -> float:
+    """Processor time this process has used, user and system."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
 def main(job_file: str) -> int:
     """Answer the prompts of `job_file`. Exit code 0, or 1 after a `Failed` line."""
     out = os.fdopen(os.dup(1), "wb", buffering=0)
@@ -89,8 +96,10 @@ def main(job_file: str) -> int:
         with Engine(Path(job.model), threads=1, context=job.context, adapter=Path(job.adapter) if job.adapter else None) as engine:
             say(Loaded(engine.model_digest, engine.adapter_digest))
             for prompt in job.prompts:
+                before = cpu_seconds()
                 made = engine.generate(prompt, max_new_tokens=job.max_new_tokens)
-                say(Answered(made.text, features(made), len(made.tokens), made.prompt_tokens, made.seconds, made.stopped))
+                used = cpu_seconds() - before
+                say(Answered(made.text, features(made), len(made.tokens), made.prompt_tokens, made.seconds, made.stopped, used))
     except MilpaError as error:
         say(Failed(type(error).__name__, str(error)))
         return 1

@@ -51,6 +51,7 @@ class Scored(msgspec.Struct, frozen=True):
     seconds: float = 0.0
     tokens: int = 0  # generated
     stopped: str = ""  # "end", "line" or "length"
+    cpu_seconds: float = 0.0  # of the engine's process
 
 
 class Evaluation(msgspec.Struct, frozen=True):
@@ -89,6 +90,7 @@ class Evaluation(msgspec.Struct, frozen=True):
                 "tokens_per_second": sum(answer.tokens for answer in self.answers) / sum(seconds),
                 "latency_p50_ms": 1000 * quantile(seconds, 0.5),
                 "latency_p95_ms": 1000 * quantile(seconds, 0.95),
+                "cpu_seconds_per_1000": 1000 * sum(answer.cpu_seconds for answer in self.answers) / len(self.answers),
                 "peak_rss_mb": self.peak_rss_mb,
                 "file_mb": self.file_mb,
                 "model_digest": self.model_digest,
@@ -173,7 +175,7 @@ def judged(records: Sequence[Record], task: Task, answers: Sequence[Answered], *
         Scored(
             id=record.id, site=record.site, text=mine.text, chrf=chrf, verdict=mine.verdict, expected=right.verdict,
             correct=bool(mine.verdict) and mine.verdict == right.verdict, features=answer.features, seconds=answer.seconds,
-            tokens=answer.tokens, stopped=answer.stopped,
+            tokens=answer.tokens, stopped=answer.stopped, cpu_seconds=answer.cpu_seconds,
         )
         for record, answer, mine, right, chrf in zip(records, answers, parsed, truth, sentence_chrf(said, wanted), strict=True)
     )  # fmt: skip

@@ -1,14 +1,11 @@
 """The evidence of a release: what was measured, how sure it is, and which sentences it allows.
 
-One JSON object a release: every model on every held-out set with intervals and signatures, sizes, digests, machine, commit, seed, the
-command that repeats it, lineage, calibration quality, and what was not tested.
+One JSON object a release: every model on every held-out set with intervals and signatures, category by category with the losses named,
+sizes and costs, digests of records, models and code, machine, commit, seed, the command that repeats it, lineage, calibration quality, and
+what was not tested. Its keys: docs/evidence.md; its types: `schema.py`.
 
-Claims are gated by the figures, never written by hand:
- * "keeps X% of the teacher's accuracy" only where the paired 95% interval of the ratio is narrower than +-CLOSE; else the sentence gives
-   the interval and says that it allows no closer one;
- * a baseline whose interval reaches the student's is named as being as good as the student, and one above it as better;
- * quantisation "costs nothing measurable" only as "no difference found", with the interval that could hide one.
-No I/O but `machine` and `commit`, which look at this computer.
+The sentences come from `claims`, the gate, and from nowhere else. All paired comparisons of an evidence are corrected together (Holm), and
+so are all tests by category. No I/O but `machine`, `commit` and `code`, which look at this computer.
 """
 
 import os
@@ -19,28 +16,33 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from coordinator.forge.judging.calibrate import good_enough
-from coordinator.forge.judging.evaluation import Evaluation, paired_bootstrap
-from coordinator.forge.judging.metrics import at_budget, calibration_error, deferral_area, deferral_curve, paired_ratio, reliability
-from protocol.confidence import DEFAULT_BUDGET, VERDICT_RIGHT, Calibration
+import msgspec
 
-CLOSE = 0.03  # half-width of a ratio's interval that still carries "keeps X%"
+from coordinator.forge.judging import claims, economics, regressions
+from coordinator.forge.judging.calibrate import good_enough
+from coordinator.forge.judging.economics import ASSUMED, PowerModel
+from coordinator.forge.judging.evaluation import Evaluation, paired_bootstrap
+from coordinator.forge.judging.metrics import at_budget, calibration_error, deferral_area, deferral_curve, holm, reliability
+from protocol.confidence import DEFAULT_BUDGET, VERDICT_RIGHT, Calibration
+from protocol.digests import digest_bytes, digest_file, digest_value
+from protocol.tasks import Record, Task, task_named
+
 STAGES = {
     "trim": "vocabulary trimmed", "correct": "teacher, corrected", "cut": "student, cut out", "capture": "teacher's answers",
     "distil": "student, distilled",
 }  # fmt: skip
-LABELS = {
-    "nearest": "nearest neighbour on the text", "trees": "boosted trees on the figures",
-    "trees_note": "boosted trees on figures and note",
-}  # fmt: skip
 BUDGETS = (0.1, 0.2, 0.25, 0.3)
 CURVE_POINTS = 50  # of a deferral curve kept for the plot
-TEACHER, FLOAT, STUDENT = "teacher", "student_float", "student"  # names with a meaning; any other model is a peer
+TEACHER, FLOAT, STUDENT = "teacher", "student_float", "student"  # names with a meaning
+PREVIOUS, UNTRAINED = "previous", "untrained"  # the release before (also "release-N"), the student as it was cut; any other is a peer
 LIBRARIES = ("llama-cpp-python", "sacrebleu", "scikit-learn", "torch", "transformers", "numpy")
+CODE = ("coordinator", "protocol")  # folders whose Python decides the figures
 ALWAYS_UNTESTED = (
     "Boards: everything ran on the machine named here, none of it on a Raspberry Pi or another ARM board.",
     "Human judgement: no person rated an answer; chrF and BLEU count shared letters and words.",
 )
+ONE_SET = "Other text than this: there is one held-out set, so nothing here says how the student does outside its kind of text."
+NO_CATEGORIES = "Categories: a loss in numbers, names, negation, length or language could hide behind the averages."
 
 
 def bundle(
@@ -50,25 +52,34 @@ def bundle(
     sets: Mapping[str, Mapping[str, Evaluation]],
     seed: int,
     command: str,
+    records: Mapping[str, Sequence[Record]] | None = None,
     baselines: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
     calibration: Calibration | None = None,
     lineage: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
     not_tested: Sequence[str] = (),
+    power: PowerModel = ASSUMED,
     machine: Mapping[str, Any] | None = None,
     commit: str = "",
+    code: str = "",
     created: int = 0,
 ) -> dict[str, Any]:
     """The evidence of one release as plain JSON values.
 
     Args:
-        sets: held-out set ("general", "esteli", ...) -> model ("teacher", "student_float", "student", or a peer) -> evaluation.
+        sets: held-out set ("general", "esteli", ...) -> model ("teacher", "student_float", "student", "previous", "untrained", a
+            quantisation's or a peer's name) -> evaluation. The first set is the student's own kind of text, where there are several.
+        records: held-out set -> the records behind it, in order: with them come categories, their losses, and the records' digests.
         baselines: held-out set -> name -> at least `accuracy` and `accuracy_ci` (share right).
         calibration: of the student's GGUF; judged here on the held-out sets, on which it was not fitted.
         lineage: what the pipeline wrote (`Forged.lineage`), or steps as `lineage_steps` gives them.
         not_tested: sentences, added to those that always hold.
+        power: from CPU-seconds to joules; its source is printed with them.
         created: seconds since 1970, UTC.
     """
-    found = {name: one_set(name, models, (baselines or {}).get(name, {}), calibration, seed=seed) for name, models in sets.items()}
+    found = {name: one_set(models, (baselines or {}).get(name, {}), calibration, power, seed=seed) for name, models in sets.items()}
+    correct_together(found)
+    named = by_category(task_named(task), sets, records, found, seed=seed) if records else None
+    statements = _statements(sets, found, baselines or {}, power, seed=seed)
     return {
         "release": release,
         "task": task,
@@ -76,93 +87,158 @@ def bundle(
         "seed": seed,
         "command": command,
         "commit": commit,
+        "code_digest": code,
         "machine": dict(machine or {}),
         "sets": found,
-        "statements": [sentence for each in found.values() for sentence in each["statements"]],
+        "statements": [*statements, *(named["statements"] if named else ())],
+        "regressions": named,
         "calibration": None if calibration is None else described(calibration),
         "lineage": lineage_steps(lineage),
-        "not_tested": [*not_tested, *ALWAYS_UNTESTED],
+        "not_tested": [*not_tested, *([ONE_SET] if len(sets) == 1 else []), *([] if named else [NO_CATEGORIES]), *ALWAYS_UNTESTED],
     }
 
 
 def one_set(
-    name: str, models: Mapping[str, Evaluation], baselines: Mapping[str, Mapping[str, Any]], calibration: Calibration | None, *, seed: int
+    models: Mapping[str, Evaluation],
+    baselines: Mapping[str, Mapping[str, Any]],
+    calibration: Calibration | None,
+    power: PowerModel,
+    *,
+    seed: int,
 ) -> dict[str, Any]:
-    """Figures, comparisons and sentences of one held-out set."""
-    teacher, student, exact = models.get(TEACHER), models.get(STUDENT), models.get(FLOAT)
+    """Figures and comparisons of one held-out set; no sentences yet."""
+    teacher, student = models.get(TEACHER), models.get(STUDENT)
     result: dict[str, Any] = {
         "models": {key: evaluation.figures() | {"name": evaluation.name} for key, evaluation in models.items()},
         "baselines": {key: dict(figures) for key, figures in baselines.items()},
         "paired": {},
         "statements": [],
+        "economics": {"power": msgspec.to_builtins(power), "models": economics.table(models, power), "share_of_teacher": None},
     }
-    say = result["statements"].append
-    if teacher and student:
-        result["paired"]["student - teacher"] = paired_bootstrap(teacher, student, seed=seed)
-        say(retention(teacher, student, name, seed=seed))
-    if exact and student:
-        result["paired"]["student - student_float"] = change = paired_bootstrap(exact, student, seed=seed)
-        say(quantisation(change, name, student.kind))
-    if student:
-        for key, figures in baselines.items():
-            if sentence := against(key, figures, student.figures(), name):
-                say(sentence)
-        for key, other in models.items():
-            if key not in (TEACHER, FLOAT, STUDENT):
-                result["paired"][f"student - {key}"] = change = paired_bootstrap(other, student, seed=seed)
-                say(against_peer(key, change, name, student.kind))
-        if student.kind == "verdict":
-            result["codes"] = by_code(student, teacher)
-        if all(answer.features for answer in student.answers):
-            result["confidence"] = operating_point(student, teacher, calibration)
+    if not student:
+        return result
+    for key, other in models.items():
+        if key != STUDENT:
+            result["paired"][f"{STUDENT} - {key}"] = paired_bootstrap(other, student, seed=seed)
+    if teacher:
+        result["economics"]["share_of_teacher"] = economics.share(teacher, student, seed=seed)
+    if student.kind == "verdict":
+        result["codes"] = by_code(student, teacher)
+    if all(answer.features for answer in student.answers):
+        result["confidence"] = operating_point(student, teacher, calibration)
     return result
 
 
-def retention(teacher: Evaluation, student: Evaluation, where: str, *, seed: int) -> str:
-    """The one sentence about how much of the teacher the student keeps, as far as the paired interval carries it."""
-    what = "verdict accuracy" if student.kind == "verdict" else "mean sentence chrF"
-    found = paired_ratio(teacher.quality(), student.quality(), seed=seed)
-    if found is None:
-        return f"{where}: the teacher's {what} is too near zero on {len(teacher.answers)} records for a ratio to mean anything."
-    low, high, ratio, n = found["low"], found["high"], found["ratio"], int(found["n"])
-    if (high - low) / 2 > CLOSE:
-        return (
-            f"{where}: the student keeps between {low:.0%} and {high:.0%} of the teacher's {what} (95% interval, paired); "
-            f"{n} records allow no closer statement."
-        )
-    return f"{where}: the student keeps {ratio:.0%} of the teacher's {what} (95% interval {low:.1%} to {high:.1%}, paired, n = {n})."
+def correct_together(found: Mapping[str, dict[str, Any]]) -> None:
+    """Write `p_holm` and `comparisons` into every paired comparison: Holm's correction over all sets' together."""
+    changes = [change for each in found.values() for change in each["paired"].values()]
+    for change, adjusted in zip(changes, holm([change["p"] for change in changes]), strict=True):
+        change |= {"p_holm": adjusted, "comparisons": float(len(changes))}
 
 
-def quantisation(change: Mapping[str, float], where: str, kind: str) -> str:
-    """What quantisation did, from the paired difference of the GGUF and the float student."""
-    interval = f"{_points(change['diff'], kind)} (95% interval {_points(change['low'], kind)} to {_points(change['high'], kind)}, paired)"
-    if change["low"] <= 0 <= change["high"]:
-        return f"{where}: no difference found between the quantised student and the float one: {interval}."
-    return f"{where}: quantisation changed the student by {interval}."
+def by_category(
+    task: Task,
+    sets: Mapping[str, Mapping[str, Evaluation]],
+    records: Mapping[str, Sequence[Record]],
+    found: Mapping[str, dict[str, Any]],
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """Write each set's table by category and its records' digest into `found`, and return the named losses of all sets together."""
+    rows: list[regressions.Comparison] = []
+    few: list[dict[str, Any]] = []
+    for name, models in sets.items():
+        if name not in records:
+            continue
+        found[name]["records"] = {"n": len(records[name]), "digest": digest_value(list(records[name]))}
+        where = regressions.places(records[name], task)
+        figures = {key: regressions.measured(model, records[name], task, where) for key, model in models.items()}
+        found[name]["categories"] = category_table(figures, seed=seed)
+        few += [{"set": name, "category": key, "n": len(which)} for key, which in where.items() if len(which) < regressions.FEWEST]
+        if STUDENT in figures:
+            for key in filter(is_held_to, figures):
+                rows += regressions.compare(name, key, figures[key], figures[STUDENT], seed=seed)
+    rows = regressions.corrected(rows)
+    return {
+        "alpha": regressions.ALPHA,
+        "fewest": regressions.FEWEST,
+        "correction": regressions.CORRECTION,
+        "tests": len(rows),
+        "rows": msgspec.to_builtins(rows),
+        "too_few": few,
+        "statements": claims.losses(rows),
+    }
 
 
-def against(name: str, baseline: Mapping[str, Any], student: Mapping[str, Any], where: str) -> str:
-    """A sentence where the baseline is as good as the student or better; empty where the student is clearly ahead."""
-    if "accuracy" not in baseline or "accuracy" not in student:
-        return ""
-    low, high = baseline.get("accuracy_ci") or (baseline["accuracy"], baseline["accuracy"])
-    figures = f"{baseline['accuracy']:.1%} [{low:.1%}, {high:.1%}] against {student['accuracy']:.1%} [{_span(student)}]"
-    name = LABELS.get(name, name)
-    if low > student["accuracy_ci"][1]:
-        return f"{where}: the baseline {name} is better than the student: {figures}."
-    if high >= student["accuracy_ci"][0]:
-        return f"{where}: the baseline {name} is as good as the student within the intervals: {figures}."
-    return ""
+def is_held_to(model: str) -> bool:
+    """Whether a loss against this model is looked for by category: the teacher, the float student, the release before."""
+    return model in (TEACHER, FLOAT, PREVIOUS) or model.startswith("release-")
 
 
-def against_peer(name: str, change: Mapping[str, float], where: str, kind: str) -> str:
-    """How the student stands to another system on the same records."""
-    interval = f"{_points(change['diff'], kind)} (95% interval {_points(change['low'], kind)} to {_points(change['high'], kind)}, paired)"
-    if change["low"] > 0:
-        return f"{where}: the student is better than {name}: {interval}."
-    if change["high"] < 0:
-        return f"{where}: {name} is better than the student: {interval}."
-    return f"{where}: no difference found between the student and {name}: {interval}."
+def category_table(figures: Mapping[str, regressions.Measured], *, seed: int) -> list[dict[str, Any]]:
+    """One row a category and measure, with every model's value and interval."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for model, measured in figures.items():
+        for row in regressions.values(model, measured, seed=seed):
+            place = rows.setdefault(
+                (row.category, row.measure), {"category": row.category, "measure": row.measure, "n": row.n, "models": {}}
+            )
+            place["models"][model] = {"value": row.value, "low": row.low, "high": row.high}
+    return list(rows.values())
+
+
+def _statements(
+    sets: Mapping[str, Mapping[str, Evaluation]],
+    found: Mapping[str, dict[str, Any]],
+    baselines: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    power: PowerModel,
+    *,
+    seed: int,
+) -> list[str]:
+    """Every sentence, each also with its set: one topic after another, so that a gain on one set stands beside what the others say."""
+    topics: dict[str, list[str]] = {}
+    intervals = sum(TEACHER in models and STUDENT in models for models in sets.values())
+    for name, models in sets.items():
+        for topic, sentence in _sentences(name, models, found[name], baselines.get(name, {}), power, seed=seed, intervals=intervals):
+            topics.setdefault(topic, []).append(sentence)
+            found[name]["statements"].append(sentence)
+    kind = next((model.kind for models in sets.values() for model in models.values()), "text")
+    for topic in topics:
+        changes = {name: change for name, each in found.items() if (change := each["paired"].get(f"{STUDENT} - {topic}"))}
+        if sentence := claims.elsewhere(topic, changes, kind):
+            topics[topic].append(sentence)
+    return [sentence for each in topics.values() for sentence in each]
+
+
+def _sentences(
+    name: str,
+    models: Mapping[str, Evaluation],
+    found: Mapping[str, Any],
+    baselines: Mapping[str, Mapping[str, Any]],
+    power: PowerModel,
+    *,
+    seed: int,
+    intervals: int,
+) -> list[tuple[str, str]]:
+    """(topic, sentence) of one set. The topic of a comparison is the other model."""
+    student = models.get(STUDENT)
+    if student is None:
+        return []
+    told: list[tuple[str, str]] = []
+    if TEACHER in models:
+        told.append(("kept", claims.retention(models[TEACHER], student, name, seed=seed, comparisons=intervals)))
+    for key in models:
+        change = found["paired"].get(f"{STUDENT} - {key}")
+        if key == FLOAT:
+            told.append((FLOAT, claims.quantisation(change, name, student.kind)))
+        elif key not in (STUDENT, TEACHER):
+            told.append((key, claims.against_peer(key, change, name, student.kind)))
+    for key, figures in baselines.items():
+        if sentence := claims.against(key, figures, student.figures(), name):
+            told.append(("baselines", sentence))
+    if share := found["economics"]["share_of_teacher"]:
+        told.append(("cost", claims.cost(share["cpu"], name, assumption=f"{power.watts_per_core:g} W a busy core; {power.source}")))
+    return told
 
 
 def by_code(student: Evaluation, teacher: Evaluation | None) -> list[dict[str, Any]]:
@@ -326,10 +402,8 @@ def commit(folder: Path | None = None) -> str:
     return head + ("+changes" if changed else "")
 
 
-def _points(value: float, kind: str) -> str:
-    """A difference for people: points of accuracy, or of chrF."""
-    return f"{100 * value:+.1f} points" if kind == "verdict" else f"{value:+.1f} chrF"
-
-
-def _span(figures: Mapping[str, Any]) -> str:
-    return f"{figures['accuracy_ci'][0]:.1%}, {figures['accuracy_ci'][1]:.1%}"
+def code(folder: Path | None = None) -> str:
+    """SHA-256 over the Python that decides the figures (CODE), by file name and content: holds where there is no git too."""
+    root = folder or Path(__file__).parents[3]
+    files = sorted(path for side in CODE for path in (root / side).rglob("*.py"))
+    return digest_bytes("".join(f"{path.relative_to(root).as_posix()} {digest_file(path)}\n" for path in files).encode())

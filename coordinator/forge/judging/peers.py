@@ -49,14 +49,25 @@ def apertium(records: Sequence[Record], task: Task) -> PeerAnswers:
     program = shutil.which("apertium")
     if program is None or pair not in _run([program, "-l"], "").split():
         raise NotInstalled(f"the peer apertium {pair} is not installed: sudo apt-get install apertium-eng-spa")
-    sources = [" ".join(record.source.split()) for record in records]
     started = time.perf_counter()
-    said = _run([program, "-u", pair], "".join(source + BETWEEN for source in sources))
-    seconds = time.perf_counter() - started
-    texts = [text.strip() for text in said.split(BETWEEN)[:-1]]
-    if len(texts) != len(records):
-        raise Unavailable(f"apertium answered {len(texts)} texts for {len(records)} records; its texts cannot be told apart")
-    return PeerAnswers(tuple(texts), f"apertium {pair}", _version(program), seconds)
+    texts = answers_of([program, "-u", pair], [record.source for record in records])
+    return PeerAnswers(tuple(texts), f"apertium {pair}", apertium_version(program), time.perf_counter() - started)
+
+
+def answers_of(command: Sequence[str], sources: Sequence[str]) -> list[str]:
+    """Run a program once: the sources go in, its answers come out, blank lines between.
+
+    Raises:
+        Unavailable: it failed, took longer than DEADLINE_S, or gave another number of answers.
+    """
+    said = _run(command, "".join(" ".join(source.split()) + BETWEEN for source in sources))
+    texts = said.split(BETWEEN)
+    if not texts[-1].strip():
+        texts.pop()
+    if len(texts) != len(sources):
+        name = command[0].rpartition("/")[2]
+        raise Unavailable(f"{name} answered {len(texts)} texts for {len(sources)} records; its texts cannot be told apart")
+    return [" ".join(text.split()) for text in texts]
 
 
 def _run(command: Sequence[str], text: str) -> str:
@@ -69,7 +80,7 @@ def _run(command: Sequence[str], text: str) -> str:
     return done.stdout
 
 
-def _version(program: str) -> str:
+def apertium_version(program: str) -> str:
     """What Debian says is installed, else what the program says of itself."""
     if shutil.which("dpkg-query"):
         command = ["dpkg-query", "-W", "-f", "${Package} ${Version}; ", "apertium", "apertium-eng-spa"]

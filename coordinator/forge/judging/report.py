@@ -1,28 +1,41 @@
 """Two pages for people: the evidence of one release, and the report of one run of the whole loop.
 
 Each is one self-contained HTML file: no scripts, nothing fetched, readable in light, dark and on paper. The pages add no claim: sentences
-come from `evidence`, verdicts from the gate, and where nothing got better the page says so first.
+come from `claims`, verdicts from the gate, and where nothing got better the page says so first.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from coordinator.forge.judging import charts, evidence
+from coordinator.forge.judging import charts, claims, evidence
+from coordinator.forge.judging.regressions import CHRF
 from protocol.blobs import write_atomically
 
-LABELS = {"teacher": "teacher", "student_float": "student, float", "student": "student, GGUF", **evidence.LABELS}
+LABELS = {
+    **claims.LABELS, "teacher": "teacher", "student_float": "student, float", "student": "student, GGUF", "previous": "previous release",
+    "untrained": "untrained cut",
+}  # fmt: skip
+MEASURES = {"verdict right": "verdicts right", "chrF": "chrF of the sentence, mean", "kept": "what makes the category stands in the answer"}
 
 
 def evidence_page(bundle: Mapping[str, Any]) -> str:
     """The HTML page for what `evidence.bundle` made."""
-    sets = {name: {**found, **_set_charts(name, found)} for name, found in bundle["sets"].items()}
+    tested = (bundle.get("regressions") or {}).get("rows", [])
+    sets = {
+        name: {**found, **_set_charts(name, found), "forests": _forests(name, [row for row in tested if row["set"] == name])}
+        for name, found in bundle["sets"].items()
+    }
     models = [(key, model) for found in bundle["sets"].values() for key, model in found["models"].items()]
     page = {**bundle, "sets": sets, "signatures": _signatures(model for _, model in models)}
     page["digests"] = list({(key, model["model_digest"]): None for key, model in models if model.get("model_digest")})
+    page["digests"] += [
+        (f"records of {name}", found["records"]["digest"]) for name, found in bundle["sets"].items() if found.get("records")
+    ]
+    page["digests"] += [("code", bundle["code_digest"])] if bundle.get("code_digest") else []
     return _environment().get_template("evidence.html").render(e=page)
 
 
@@ -96,6 +109,7 @@ def _set_charts(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "verdicts": verdicts,
         "bars": charts.bars(rows, unit="verdicts right, %" if verdicts else "chrF", label=f"{name}: quality by model", share=verdicts),
+        "pareto": _sizes_chart(name, found, key),
     }
     if sure := found.get("confidence"):
         if sure.get("curve"):
@@ -105,6 +119,35 @@ def _set_charts(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
             )
         result["reliability"] = charts.calibration({"student": sure["reliability"]}, label=f"{name}: reliability", target=sure["target"])
     return result
+
+
+def _forests(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A forest plot for each model compared with and each measure."""
+    found = []
+    for against, measure in dict.fromkeys((row["against"], row["measure"]) for row in rows):
+        these = [row for row in rows if (row["against"], row["measure"]) == (against, measure)]
+        scale = 1.0 if measure == CHRF else 100.0
+        differences: list[charts.Difference] = [
+            (f"{row['category']} ({row['n']})", scale * row["diff"], scale * row["low"], scale * row["high"], row["loss"]) for row in these
+        ]
+        other = LABELS.get(against, against)
+        unit = f"student \N{MINUS SIGN} {other}, {'chrF' if measure == CHRF else 'points'}"
+        label = f"{name}: {measure}, student against {other}, by category"
+        found.append(
+            {"title": f"Against {other}: {MEASURES.get(measure, measure)}", "chart": charts.forest(differences, unit=unit, label=label)}
+        )
+    return found
+
+
+def _sizes_chart(name: str, found: Mapping[str, Any], key: str) -> str:
+    """The size and quality of every file that was measured; empty for fewer than two."""
+    sized: list[charts.Sized] = [
+        (LABELS.get(which, which), model["file_mb"], model[key], model[f"{key}_ci"], which == "student")
+        for which, model in found["models"].items()
+        if model.get("file_mb")
+    ]
+    unit = "verdicts right, %" if key == "accuracy" else "chrF"
+    return charts.pareto(sized, unit=unit, label=f"{name}: size and quality", share=key == "accuracy") if len(sized) > 1 else ""
 
 
 def _site_deferral(name: str, site: Mapping[str, Any]) -> str:
@@ -148,6 +191,8 @@ def _environment() -> jinja2.Environment:
         "day": lambda seconds: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds)),
         "duration": lambda seconds: f"{seconds / 60:.1f} minutes" if seconds >= 100 else f"{seconds:.0f} seconds",
         "label": lambda key: LABELS.get(key, key),
+        "count": lambda value: _or_dash(value, lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}"),
+        "inside": lambda row, measure: _inside(row, measure),
         "change": _change,
     }
     return environment
@@ -162,3 +207,9 @@ def _change(after: Any, before: Any) -> str:
     if any(value is None or isinstance(value, jinja2.Undefined) for value in (after, before)):
         return ""
     return f"{100 * (after - before):+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _inside(row: Mapping[str, float], measure: str) -> str:
+    """A value with its interval: "91.2 [88.0, 93.5]", shares in percent."""
+    scale = 1.0 if measure == CHRF else 100.0
+    return f"{scale * row['value']:.1f} [{scale * row['low']:.1f}, {scale * row['high']:.1f}]"
