@@ -23,15 +23,16 @@ import msgspec
 
 from bench.result import write
 from coordinator.forge.judging import calibrate, evidence, peers
-from coordinator.forge.judging.evaluation import FEW_SHOT_CONTEXT, Evaluation, evaluate, evaluate_texts, few_shot, paired_bootstrap
+from coordinator.forge.judging.evaluation import Evaluation, evaluate, evaluate_texts, few_shot, paired_bootstrap
 from coordinator.forge.judging.metrics import paired_difference, sentence_chrf
 from coordinator.forge.pairs import read_pairs
+from coordinator.forge.teachers.gguf import GgufTeacher
 from deploy import loop
 from deploy.fleet import LocalFleet
 from deploy.processes import Processes
 from deploy.season import Site
 from protocol.blobs import write_atomically
-from protocol.tasks import Record, translation
+from protocol.tasks import Record, Task, translation
 
 TASK = translation("English", "Spanish")
 SHOTS = 5
@@ -101,9 +102,7 @@ class Run:
         shots = few_shot(TASK, self.dev[:SHOTS])
         found = {
             "apertium": self.scored("apertium", lambda: self.apertium(test)),
-            "teacher few-shot": self.scored(
-                "teacher few-shot", lambda: evaluate(base, test, shots, context=FEW_SHOT_CONTEXT, progress=tell)
-            ),
+            "teacher few-shot": self.scored("teacher few-shot", lambda: self.few_shot(base, test, shots)),
             "teacher corrected": self.scored("teacher corrected", lambda: evaluate(Path(self.made["teacher"]), test, TASK, progress=tell)),
             "student float": self.scored("student float", lambda: evaluate(Path(self.made["student_float"]), test, TASK, progress=tell)),
             "student GGUF": self.scored("student GGUF", lambda: evaluate(Path(self.made["student"]), test, TASK, progress=tell)),
@@ -114,6 +113,17 @@ class Run:
     def apertium(self, records: Sequence[Record]) -> Evaluation:
         answers = peers.apertium(records, TASK)
         return evaluate_texts(answers.texts, records, TASK, name=f"{answers.name} {answers.version}")
+
+    def few_shot(self, model: Path, test: Sequence[Record], shots: Task) -> Evaluation:
+        """Greedy, the examples before every prompt read once; several answers share a pass, so there is no figure of speed."""
+        texts: list[str] = []
+        with GgufTeacher(model, threads=self.threads) as teacher:
+            for begin in range(0, len(test), 100):
+                prompts = [shots.prompt(record) for record in test[begin : begin + 100]]
+                said = teacher.generate(prompts, n=1, temperature=0.0, seed=self.seed, max_new_tokens=TASK.max_new_tokens)
+                texts += [one[0].text.strip() for one in said]
+                tell(len(texts), len(test))
+        return evaluate_texts(texts, test, TASK, name=f"{model.name}, {SHOTS} examples shown")
 
     def sites(self) -> dict[str, Any]:
         return self.keep("sites", self._sites)
