@@ -5,7 +5,8 @@ Rules:
  * The same content is the same bytes (no time stamps): a file's digest is a cache key.
  * A file appears whole or not at all (`.part`, sync, rename).
 
-Limits: one-file models. Encoding to F32, F16, BF16, Q8_0, Q5_0, Q4_0 is `gguf`'s; K types go through `quantise` (llama.cpp).
+Limits: one-file models. Encoding to F32, F16, BF16, Q8_0, Q5_0, Q4_0 and of ternary numbers is `gguf`'s; K types go through `quantise`
+(llama.cpp).
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -31,6 +32,10 @@ from protocol.names import known
 ARCHITECTURE = "gemma3"
 GLOBAL_EVERY = 6  # llama.cpp counts by block index: blocks 5, 11, 17 of gemma3 are global, the others local
 LOCAL_ROPE_BASE = 10_000.0  # of local blocks; llama.cpp's constant for gemma3
+
+TERNARY_KINDS = ("TQ2_0", "TQ1_0")  # 2.06 and 1.69 bits a weight
+
+Importance = Mapping[str, NDArray[np.float32]]  # tensor -> (inputs,), mean square of what it multiplies
 
 TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER, TOKEN_UNUSED, TOKEN_BYTE = 1, 2, 3, 4, 5, 6
 
@@ -234,42 +239,75 @@ def _packed(kind: gguf.GGMLQuantizationType) -> bool:
 
 
 def encode_tensor(numbers: NDArray[np.float32], kind: str) -> Tensor:
-    """Encode float numbers as `kind` ("F32", "F16", "Q8_0", "Q5_0", "Q4_0"); vectors always stay F32, as llama.cpp wants its norms.
+    """Encode float numbers as `kind` ("F32", "F16", "Q8_0", "Q5_0", "Q4_0", "TQ2_0", "TQ1_0"); vectors always stay F32, as llama.cpp wants
+    its norms.
+
+    The ternary kinds keep numbers or refuse them: of a model that was not trained for three values nothing would be left.
 
     Raises:
         UnknownName: another kind.
-        BadInput: rows that the kind's block size does not divide.
+        BadInput: rows that the kind's block size does not divide, or a ternary kind for numbers that are not -s, 0, s in each block.
     """
-    known(kind, ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0"), what="tensor type")
+    known(kind, ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0", *TERNARY_KINDS), what="tensor type")
     wanted = gguf.GGMLQuantizationType[kind if numbers.ndim > 1 else "F32"]
     block = gguf.GGML_QUANT_SIZES[wanted][0]
     if numbers.shape[-1] % block:
         raise BadInput(f"rows of {numbers.shape[-1]} numbers do not fit {kind} blocks of {block}")
-    return Tensor(quantize(np.ascontiguousarray(numbers, dtype=np.float32), wanted), wanted)
+    tensor = Tensor(quantize(np.ascontiguousarray(numbers, dtype=np.float32), wanted), wanted)
+    if kind in TERNARY_KINDS and (change := float(np.abs(tensor.numbers() - numbers).max(initial=0.0))):
+        raise BadInput(f"{kind} would change these numbers by up to {change:.2g}: they were not trained as ternary")
+    return tensor
 
 
-def quantise(source: Path, target: Path, kind: str, *, threads: int = 2) -> None:
+def quantise(
+    source: Path, target: Path, kind: str, *, importance: Importance | None = None, embedding: str | None = None, threads: int = 2
+) -> None:
     """Quantise a GGUF with llama.cpp (`llama_model_quantize`), from any type, to `kind` ("Q8_0", "Q5_0", "Q4_0", "Q4_K_M", ...).
+
+    Args:
+        importance: how much an error in each input channel matters; types of 6 bits and fewer round with it.
+        embedding: the embedding's tensor type, where llama.cpp's own choice for `kind` is not wanted.
 
     Raises:
         UnknownName: llama.cpp has no such file type.
-        BadInput: llama.cpp refused the file.
+        BadInput: llama.cpp refused the file, or the importance is not this model's.
     """
     import llama_cpp
 
-    import protocol.models.llama_log  # noqa: F401  # keeps llama.cpp off stderr
+    from protocol.models.llama_log import forget, said  # importing it keeps llama.cpp off stderr
 
     prefix = "LLAMA_FTYPE_MOSTLY_"
     kinds = {name.removeprefix(prefix): value for name, value in vars(llama_cpp).items() if name.startswith(prefix)}
     known(kind, kinds, what="file type")
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype, parameters.nthread, parameters.allow_requantize = kinds[kind], threads, True
+    if embedding is not None:
+        known(embedding, gguf.GGMLQuantizationType.__members__, what="tensor type")
+        parameters.token_embedding_type = gguf.GGMLQuantizationType[embedding].value
+    rows = _importance_rows(importance) if importance else None  # lives until llama.cpp has read it
+    if rows is not None:
+        parameters.imatrix = rows
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
+    forget()
     if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(part), ctypes.byref(parameters)):
         part.unlink(missing_ok=True)
-        raise BadInput(f"llama.cpp cannot quantise {source} to {kind}; is it a whole GGUF file?")
+        raise BadInput(f"llama.cpp cannot quantise {source} to {kind}; is it a whole GGUF file?{said()}")
     _settle(part, target)
+
+
+def _importance_rows(importance: Importance) -> Any:
+    """As llama.cpp reads it: an array of (name, numbers, how many) that ends in one without a name. The array keeps the numbers alive."""
+    import llama_cpp
+
+    rows = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
+    for row, (name, values) in zip(rows, importance.items(), strict=False):
+        if not np.isfinite(values).all() or (values < 0).any():
+            raise BadInput(f"the importance of {name} has numbers that are negative or not finite")
+        numbers = np.ascontiguousarray(values, dtype=np.float32)
+        row.name, row.size = name.encode(), numbers.size
+        row.data = numbers.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    return rows
 
 
 def _finish(writer: gguf.GGUFWriter, part: Path, path: Path) -> None:
