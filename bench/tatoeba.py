@@ -117,7 +117,7 @@ class Run:
     def few_shot(self, model: Path, test: Sequence[Record], shots: Task) -> Evaluation:
         """Greedy, the examples before every prompt read once; several answers share a pass, so there is no figure of speed."""
         texts: list[str] = []
-        with GgufTeacher(model, threads=self.threads) as teacher:
+        with GgufTeacher(model) as teacher:
             for begin in range(0, len(test), 100):
                 prompts = [shots.prompt(record) for record in test[begin : begin + 100]]
                 said = teacher.generate(prompts, n=1, temperature=0.0, seed=self.seed, max_new_tokens=TASK.max_new_tokens)
