@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from transformers import Gemma3ForCausalLM
 
+from coordinator.forge.students.ternary import make_ternary, settle
 from protocol.adapters import unpack
+from protocol.errors import BadInput
 from protocol.models.checkpoint import Checkpoint, encode_tensor
 from protocol.models.feed import Epochs, Feed
 from protocol.models.lora import ALL_MODULES, Factors, attach, detach, initial_adapter
@@ -29,6 +31,7 @@ class Recipe(msgspec.Struct, frozen=True):
     learning_rate: float = 1e-3
     rank: int = 16  # LoRA only; alpha is twice the rank
     first_block: int = 0  # blocks below it stay as they are: they run once an example, and never backwards
+    ternary: bool = False  # train three-valued matrices (students.ternary); whole models only
     batch_tokens: int = 512  # about 8 ranch records: many small steps beat few large ones in minutes of training
     warm_up: float = 0.05
     seconds: float | None = None
@@ -46,9 +49,10 @@ def trained(
     progress: Callable[[Step], None] | None = None,
     state: Path | None = None,
 ) -> tuple[Checkpoint, TrainResult]:
-    """Train a copy of `checkpoint` on `examples`; returns it in F16 with the embedding as stored.
+    """Train a copy of `checkpoint` on `examples`; returns it in F16 (which holds ternary weights exactly) with the embedding as stored.
 
     Raises:
+        BadInput: a ternary recipe that leaves blocks out, or rows that ternary blocks do not fit.
         NotEnough, Diverged: as `protocol.models.training.train`.
     """
     return trained_by(
@@ -71,6 +75,8 @@ def trained_by(
     state: Path | None = None,
 ) -> tuple[Checkpoint, TrainResult]:
     """As `trained`, on whatever `course` makes of the model in training: a feed that lets it write, for one."""
+    if recipe.ternary and (recipe.mode != "full" or recipe.first_block):
+        raise BadInput("ternary training is of whole models: mode 'full' and first_block 0")
     model = to_torch(checkpoint, dtype=best_dtype())
 
     def run(parameters: Sequence[torch.nn.Parameter]) -> TrainResult:
@@ -100,8 +106,12 @@ def trained_by(
         result = run(attach(model, flat, header))
         scale = header.alpha / header.rank
         return folded(checkpoint, unpack(detach(model, header), header), dict.fromkeys(factors, scale)), result
+    if recipe.ternary:
+        make_ternary(model)
     free = [p for number, layer in enumerate(model.model.layers) if number >= recipe.first_block for p in layer.parameters()]
     result = run([*free, *model.model.norm.parameters()])
+    if recipe.ternary:
+        settle(model)
     return from_torch(model.float(), checkpoint), result
 
 
