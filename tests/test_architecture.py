@@ -19,6 +19,8 @@ MAY_IMPORT = {
 HOMES = {
     "torch": ("protocol/models/", "coordinator/forge/", "node/learn/train.py"),
     "transformers": ("protocol/models/", "coordinator/forge/"),
+    "accelerate": ("coordinator/forge/training/scale.py",),
+    "trl": (),  # a baseline of bench/ and an oracle of tests
     "peft": (),  # the oracle of tests/forge/test_peft_parity.py, and needed nowhere else
     "gguf": ("protocol/models/", "coordinator/forge/"),
     "llama_cpp": ("protocol/models/", "coordinator/forge/"),
@@ -32,6 +34,7 @@ HOMES = {
     "sklearn": ("coordinator/ranch/", "coordinator/forge/"),
     "matplotlib": ("coordinator/forge/",),
     "sacrebleu": ("coordinator/forge/",),
+    "wordfreq": ("coordinator/forge/students/trim.py",),
     "py3langid": ("coordinator/forge/synthesis/language.py",),
     "alembic": ("coordinator/fleet/",),
     "argon2": ("coordinator/dashboard/",),

@@ -91,14 +91,20 @@ def to_torch(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> G
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def from_torch(model: Gemma3ForCausalLM, like: Checkpoint, *, kind: str = "F16") -> Checkpoint:
-    """The model's weights under GGUF names, encoded as `kind`; the embedding, frozen in all our training, keeps its stored bytes."""
+def from_torch(model: Gemma3ForCausalLM, like: Checkpoint, *, kind: str = "F16", embedding: str | None = None) -> Checkpoint:
+    """The model's weights under GGUF names, encoded as `kind`.
+
+    The embedding keeps its stored bytes, as it is frozen in nearly all our training; `embedding` names the type to encode a trained one as.
+    """
     parameters = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {}
     for name, stored in like.tensors.items():
         weight = parameters[torch_name(name)].detach().float().numpy()
         numbers = np.asarray(weight + 1.0 if "norm" in name else weight, dtype=np.float32)
-        tensors[name] = stored if name == "token_embd.weight" else encode_tensor(numbers, kind)
+        if name == "token_embd.weight":
+            tensors[name] = encode_tensor(numbers, embedding) if embedding else stored
+        else:
+            tensors[name] = encode_tensor(numbers, kind)
     return like.with_tensors(tensors)
 
 

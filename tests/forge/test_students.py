@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from coordinator.forge.students.cut import Preset, by_influence, by_loss, cut_student, preset
+from coordinator.forge.students.scratch import from_scratch
 from coordinator.forge.students.width import Widths, calibrate, choose, narrowed
 from protocol.errors import BadInput, UnknownName
 from protocol.models.checkpoint import Checkpoint, encode_tensor
 from protocol.models.tokenizer import Example
-from protocol.models.torch_model import to_torch
+from protocol.models.torch_model import from_torch, to_torch
 from protocol.models.training import mean_loss
 from tests.forge.test_parity import by_llama, by_torch, ids_of, kl
 from tests.tiny import tiny_checkpoint
@@ -130,3 +131,31 @@ def test_the_same_examples_make_the_same_student(eight: Path, examples: list[Exa
         cut_student(Checkpoint.read(eight), HALF, examples)[0].write(tmp_path / name)
 
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_student_from_scratch_has_its_presets_figures_and_agrees_with_llama(eight: Path, tmp_path: Path) -> None:
+    student = from_scratch(Checkpoint.read(eight), HALF, seed=1)
+    student.write(tmp_path / "student.gguf")
+    ids = ids_of(eight)
+
+    assert (student.blocks, Widths.of(student)) == (6, HALF.widths)
+    assert kl(by_torch(to_torch(student), ids), by_llama(tmp_path / "student.gguf", ids)) < 1e-5
+
+
+def test_a_student_from_scratch_is_sure_of_nothing(tiny: Path) -> None:
+    student = from_scratch(Checkpoint.read(tiny), HALF, seed=1)
+
+    logits = by_torch(to_torch(student), ids_of(tiny))
+
+    assert logits.std() < 1.0
+
+
+def test_a_trained_embedding_is_written_when_asked_for_and_kept_as_stored_otherwise(tiny: Path) -> None:
+    teacher = Checkpoint.read(tiny)
+    model = to_torch(teacher)
+    model.model.embed_tokens.weight.mul_(2.0)
+
+    kept, written = from_torch(model, teacher), from_torch(model, teacher, embedding="F32")
+
+    np.testing.assert_array_equal(kept.array("token_embd.weight"), teacher.array("token_embd.weight"))
+    np.testing.assert_allclose(written.array("token_embd.weight"), 2.0 * teacher.array("token_embd.weight"))

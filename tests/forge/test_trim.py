@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.forge.students.trim import coverage, trim
-from protocol.models.checkpoint import Checkpoint
+from coordinator.forge.students.trim import coverage, general_weights, trim
+from protocol.errors import UnknownName
+from protocol.models.checkpoint import TOKEN_NORMAL, Checkpoint, Vocabulary
 from protocol.models.tokenizer import Tokenizer, make_example
 from protocol.tasks import RANCH, Record
 
@@ -49,6 +50,53 @@ def test_coverage_counts_texts_that_changed(tiny: Path, tmp_path: Path) -> None:
 
     assert found.identical == 0.5
     assert found.longer > 0
+
+
+def test_coverage_is_the_share_of_tokens_that_are_the_same_at_the_same_place(tiny: Path, tmp_path: Path) -> None:
+    trim(tiny, TEXTS, tmp_path / "small.gguf", frequent=0)
+    text = "the soil clogged the tank"  # "▁clogged" goes, the four others stay
+    tokens = pieces(tiny, text)
+
+    found = coverage(tiny, tmp_path / "small.gguf", [text])
+
+    assert found.same == pytest.approx((len(tokens) - 1) / len(tokens))
+
+
+def test_general_words_fill_the_vocabulary_heaviest_first(tiny: Path, tmp_path: Path) -> None:
+    """ "water" and "sun" are common English words, "clogged" is a rare one."""
+    without = trim(tiny, [], tmp_path / "none.gguf", frequent=0)
+    room = len(without.vocabulary.tokens) + 12
+
+    trimmed = trim(tiny, [], tmp_path / "some.gguf", frequent=0, general=["en"], pieces=room)
+
+    assert room <= len(trimmed.vocabulary.tokens) <= room + 5
+    assert "▁the" in trimmed.vocabulary.tokens
+    assert "▁clogged" not in trimmed.vocabulary.tokens
+
+
+def test_spellings_share_a_words_frequency_by_how_early_they_were_merged() -> None:
+    vocabulary = Vocabulary(
+        ["▁Boston", *(f"▁filler{i}" for i in range(98)), "▁boston"], -np.arange(100, dtype=np.float32), np.full(100, TOKEN_NORMAL)
+    )
+
+    weights = general_weights(vocabulary, NoTokenizer(), ["en"])
+
+    assert weights[0] == pytest.approx(100 * weights[99])
+
+
+class NoTokenizer(Tokenizer):
+    """For vocabularies that hold every word in question whole; the others are nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def encode(self, text: str, *, bos: bool) -> list[int]:
+        return []
+
+
+def test_a_language_without_a_word_list_is_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="'xx'"):
+        trim(tiny, TEXTS, tmp_path / "small.gguf", general=["xx"])
 
 
 def test_a_prompt_starts_with_bos_and_a_target_ends_in_eos(tiny: Path) -> None:

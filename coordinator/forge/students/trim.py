@@ -4,24 +4,31 @@
  * pieces that the counting corpus uses (prompts with their template, targets, any general text given),
  * all intermediate merges of each kept piece: SentencePiece builds a piece from two shorter ones, and would not reach it without them,
  * control and byte pieces (any text still has a spelling), single Latin characters,
- * the `frequent` earliest Latin merges, so that an unseen word falls into syllables and not into letters.
-Rows of the embedding are cut as stored; nothing is requantised.
+ * the `frequent` earliest Latin merges, so that an unseen word falls into syllables and not into letters,
+ * with `general` languages: common punctuation, then the pieces of those languages' words (`general_weights`), heaviest first, until
+   there are `pieces`.
+Rows of the embedding are cut as stored; nothing is requantised. How many pieces buy which coverage: docs/adr/0014.
 """
 
 import itertools
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from protocol.models.checkpoint import TOKEN_BYTE, TOKEN_NORMAL, Checkpoint, Value, Vocabulary
+from protocol.models.checkpoint import TOKEN_BYTE, TOKEN_NORMAL, Checkpoint, Value, Vocabulary, encode_tensor
 from protocol.models.tokenizer import Tokenizer
+from protocol.names import known
 
 SPECIALS = ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")
 FREQUENT = 3000  # pieces; about 2 MB at width 640 and 8 bits
+PIECES = 32_000  # with general languages
+PUNCTUATION = 300  # pieces
+RAREST = 3e-7  # of all words: what is rarer is in no vocabulary as one piece
+UNSPACED = 0.03  # of words have no space before them: first of a line, after a quotation mark
 _ALWAYS = "▁\n 0123456789.,:;!?¿¡'\"()[]{}<>%/+-=_*&#@|°~^$€"
 
 
@@ -32,22 +39,45 @@ class Coverage(msgspec.Struct, frozen=True):
     after: int
     texts: int
     identical: float  # share of the texts that tokenise to the same pieces
+    same: float  # share of the text that does: tokens that are still there, at the same place
     longer: float  # tokens after / tokens before - 1
 
 
-def trim(source: Path, texts: Iterable[str], target: Path, *, frequent: int = FREQUENT) -> Checkpoint:
-    """Write `source` with only the pieces that `texts` need (see above) to `target`."""
+def trim(
+    source: Path,
+    texts: Iterable[str],
+    target: Path,
+    *,
+    frequent: int = FREQUENT,
+    general: Sequence[str] = (),
+    pieces: int = PIECES,
+    embedding: str | None = None,
+) -> Checkpoint:
+    """Write `source` with only the pieces that `texts` and the `general` languages ("en", "es") need (see above) to `target`.
+
+    What `texts` need is kept even where it is more than `pieces`. `embedding` names a smaller type for the rows that stay ("Q5_0"); they
+    are not lossless any more then.
+
+    Raises:
+        UnknownName: a language without a word list.
+    """
     checkpoint = Checkpoint.read(source)
     with Tokenizer(source) as tokenizer:
         used = Counter(token for text in texts for token in tokenizer.encode(text, bos=False))
-    keep = keep_set(checkpoint, used, frequent=frequent)
+        weights = general_weights(checkpoint.vocabulary, tokenizer, general) if general else {}
+    keep = keep_set(checkpoint, used, frequent=frequent, weights=weights, pieces=pieces)
     trimmed = cut_vocabulary(checkpoint, keep)
+    if embedding:
+        name = "token_embd.weight"
+        trimmed = trimmed.with_tensors({**trimmed.tensors, name: encode_tensor(trimmed.array(name), embedding)})
     trimmed.write(target)
     return trimmed
 
 
-def keep_set(checkpoint: Checkpoint, used: Iterable[int], *, frequent: int = FREQUENT) -> list[int]:
-    """Ids to keep, ascending."""
+def keep_set(
+    checkpoint: Checkpoint, used: Iterable[int], *, frequent: int = FREQUENT, weights: Mapping[int, float] | None = None, pieces: int = 0
+) -> list[int]:
+    """Ids to keep, ascending; of `weights` the heaviest, until there are `pieces`."""
     vocabulary = checkpoint.vocabulary
     scores = dict(zip(vocabulary.tokens, vocabulary.scores.tolist(), strict=True))
     ids = {piece: i for i, piece in enumerate(vocabulary.tokens)}
@@ -60,12 +90,57 @@ def keep_set(checkpoint: Checkpoint, used: Iterable[int], *, frequent: int = FRE
     keep |= {i for i in latin if len(vocabulary.tokens[i]) == 1}
     keep |= {ids[character] for character in _ALWAYS if character in ids}
     merges = [i for i in latin if len(vocabulary.tokens[i]) > 1]
-    wanted = set(used) | set(sorted(merges, key=lambda i: -vocabulary.scores[i])[:frequent])
-    for i in wanted:
+
+    def add(i: int) -> None:
         keep.add(i)
         if normal[i]:
-            keep |= {ids[piece] for piece in _steps(vocabulary.tokens[i], scores)}
+            keep.update(ids[piece] for piece in _steps(vocabulary.tokens[i], scores))
+
+    for i in set(used) | set(sorted(merges, key=lambda i: -vocabulary.scores[i])[:frequent]):
+        add(i)
+    if weights:
+        for i in _punctuation(vocabulary)[:PUNCTUATION]:
+            add(i)
+        for i in sorted(weights, key=lambda i: (-weights[i], i)):
+            if len(keep) >= pieces:
+                break
+            add(i)
     return sorted(keep)
+
+
+def general_weights(vocabulary: Vocabulary, tokenizer: Tokenizer, languages: Sequence[str]) -> dict[int, float]:
+    """How often each piece occurs in general text of the languages, by word lists with frequencies (package `wordfreq`, offline).
+
+    The lists are in lower case. How common "Boston" is against "boston" the vocabulary itself knows: pieces are numbered in the order they
+    were merged, the most frequent first, so spellings that are one piece share the word's frequency as 1 / rank (Zipf).
+
+    Raises:
+        UnknownName: a language without a word list.
+    """
+    import wordfreq
+
+    ranks = {piece: rank for rank, piece in enumerate(vocabulary.tokens, start=1) if vocabulary.types[rank - 1] == TOKEN_NORMAL}
+    weights: defaultdict[int, float] = defaultdict(float)
+
+    def spell(forms: Sequence[str], weight: float) -> None:
+        """Share the weight among forms that are one piece; without any, among the pieces of each."""
+        whole = [form for form in forms if form.replace(" ", "▁") in ranks]
+        shares = {form: 1.0 / ranks[form.replace(" ", "▁")] if whole else 1.0 for form in (whole or forms[:2])}
+        for form, share in shares.items():
+            found = [ranks[form.replace(" ", "▁")] - 1] if whole else tokenizer.encode(form, bos=False)
+            for i in found:
+                weights[i] += weight * share / sum(shares.values())
+
+    for language in languages:
+        known(language, wordfreq.available_languages("large"), what="language with a word list")
+        for word, frequency in wordfreq.get_frequency_dict(language, "large").items():
+            if frequency < RAREST:
+                break  # the most frequent come first
+            forms = dict.fromkeys((word, word.capitalize(), word.upper()))
+            spell([f" {form}" for form in forms], (1 - UNSPACED) * frequency)
+            if frequency * UNSPACED >= RAREST:
+                spell([form for form in forms if form != word] or [word], UNSPACED * frequency)
+    return dict(weights)
 
 
 def cut_vocabulary(checkpoint: Checkpoint, keep: Sequence[int]) -> Checkpoint:
@@ -90,13 +165,30 @@ def cut_vocabulary(checkpoint: Checkpoint, keep: Sequence[int]) -> Checkpoint:
 def coverage(before: Path, after: Path, texts: Sequence[str]) -> Coverage:
     """Compare tokenisations of `texts`, best ones that were not counted."""
     with Tokenizer(before) as old, Tokenizer(after) as new:
-        same = total = longer = 0
+        identical = same = total = longer = 0
         for text in texts:
-            first, second = old.encode(text, bos=False), new.encode(text, bos=False)
-            same += [old.piece(i) for i in first] == [new.piece(i) for i in second]
+            first, second = _places(old, text), _places(new, text)
+            identical += first == second
+            same += len(set(first) & set(second))
             total += len(first)
             longer += len(second) - len(first)
-        return Coverage(old.size, new.size, len(texts), same / max(1, len(texts)), longer / max(1, total))
+        return Coverage(old.size, new.size, len(texts), identical / max(1, len(texts)), same / max(1, total), longer / max(1, total))
+
+
+def _places(tokenizer: Tokenizer, text: str) -> list[tuple[int, bytes]]:
+    """Tokens of a text, each with the byte where it begins."""
+    pieces = [tokenizer.piece(token) for token in tokenizer.encode(text, bos=False)]
+    return list(zip(itertools.accumulate(map(len, pieces), initial=0), pieces, strict=False))
+
+
+def _punctuation(vocabulary: Vocabulary) -> list[int]:
+    """Pieces of 2 and 3 signs, a word mark among them perhaps, the most frequent (first merged) first."""
+    signs = set("▁.,:;!?¿¡'\"()[]{}%/-–—…“”‘’«»*&€$£")
+    return [
+        i
+        for i, piece in enumerate(vocabulary.tokens)
+        if 1 <= len(piece) <= 3 and set(piece) <= signs and vocabulary.types[i] == TOKEN_NORMAL
+    ]
 
 
 def _latin(piece: str) -> bool:
