@@ -22,7 +22,8 @@ def distill(
     kind: str = typer.Option("Q8_0", help="Type of the student's file, as llama.cpp names it."),
     limit: int | None = typer.Option(None, min=1, help="Only the first so many records."),
     seed: int = typer.Option(0, help="Of everything random."),
-    threads: int = typer.Option(2, min=1, max=256, help="Processor threads for training."),
+    threads: int = typer.Option(2, min=1, max=256, help="Processor threads for training, of each process."),
+    accumulate: int = typer.Option(1, min=1, max=4096, help="Batches a training step; under a launcher a multiple of its processes."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object to stdout and nothing else there."),
 ) -> None:
     """Correct a general model on a task, cut a student out of it, distil, and write both as GGUF.
@@ -36,9 +37,12 @@ def distill(
         milpa-coordinator distill --task ranch --records train.jsonl --out model
 
         milpa-coordinator distill --pairs train.tsv --source English --target Spanish --budget hour --out model --json
+
+        accelerate launch --multi_gpu --num_processes 2 -m coordinator.cli distill --pairs train.tsv --out model --accumulate 2
     """
     from coordinator.forge.pairs import read_pairs, read_records
     from coordinator.forge.pipeline import Budget, Plan, forge
+    from coordinator.forge.training import scale
     from protocol.tasks import task_named, translation
 
     if (pairs is None) == (records is None):
@@ -48,7 +52,7 @@ def distill(
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out} is a file; name a folder")
     wanted = translation(source, target) if pairs is not None else task_named(str(task))
-    plan = Plan(budget=Budget.named(budget), seed=seed, blocks=blocks, kind=kind, threads=threads)
+    plan = Plan(budget=Budget.named(budget), seed=seed, blocks=blocks, kind=kind, threads=threads, accumulate=accumulate)
     found = read_pairs(pairs, wanted, limit=limit) if pairs is not None else read_records(Path(str(records)), wanted, limit=limit)
 
     with progress_bar() as bar:
@@ -59,7 +63,11 @@ def distill(
                 lines[stage] = bar.add_task(stage, total=100)
             bar.update(lines[stage], completed=round(100 * share), description=f"{stage:<8} {words}")
 
-        made = forge(wanted, found, work=work or out / "work", out=out, plan=plan, base=teacher, progress=told)
+        world = scale.world()
+        made = forge(wanted, found, work=work or out / "work", out=out, plan=plan, base=teacher, progress=told, world=world)
+    world.close()
+    if world.rank:
+        return  # the first process speaks for all
     licence = made.lineage["licence"]
     stderr.print(f"weights derive from the teacher's, under its terms: {licence['name']} {licence['file']}", markup=False, highlight=False)
     if as_json:

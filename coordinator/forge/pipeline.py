@@ -21,6 +21,7 @@ from coordinator.forge.targets.capture import TOP_K, capture, examples_of, read_
 from coordinator.forge.teachers.packaged import packaged_licence, packaged_teacher
 from coordinator.forge.training.objective import distillation_loss, token_weights
 from coordinator.forge.training.recipe import Recipe, trained
+from coordinator.forge.training.scale import OneProcess, Together, first
 from protocol.blobs import write_atomically
 from protocol.digests import digest_file, digest_value
 from protocol.errors import BadInput, NotEnough
@@ -82,6 +83,7 @@ class Plan:
     kind: str = DEFAULT_KIND  # of the student's file
     teacher_kind: str = "Q8_0"
     frequent: int = FREQUENT
+    accumulate: int = 1  # batches a step, over all processes; a multiple of their number
     threads: int = 2  # more than the idle cores of the machine makes it slower, not faster
     correct: Recipe | None = None  # None: the upper half of the blocks whole, which learns faster than LoRA on all (docs/log.md)
     student: Recipe = field(default_factory=lambda: Recipe(mode="full", learning_rate=5e-4))
@@ -129,6 +131,7 @@ def forge(
     base: Path | None = None,
     texts: Sequence[str] = (),
     progress: Progress | None = None,
+    world: Together | None = None,
 ) -> Forged:
     """Make a teacher and a student for `task` from training records.
 
@@ -137,12 +140,14 @@ def forge(
         work: stages are kept here and found again.
         out: gets teacher.gguf, student.gguf, student-f16.gguf and lineage.json, whole or not at all.
         texts: general text in the task's languages, for the vocabulary.
+        world: the processes that share the training stages; the first one does the others. Alone by default.
 
     Raises:
         NotEnough: fewer than 8 records with a target.
         BadInput: no base model, or one we cannot train.
     """
-    told = progress or (lambda stage, share, words: None)
+    together = world or OneProcess()
+    told = progress if progress and together.rank == 0 else (lambda stage, share, words: None)
     use_threads(plan.threads)
     learnable = [record for record in records if record.target]
     if len(learnable) < 8:
@@ -151,21 +156,26 @@ def forge(
     lineage: dict[str, Any] = {"task": task.name, "seed": plan.seed, "budget": plan.budget.name, "records": len(records)}
     if base is None:
         told("trim", 0.0, "assembling the packaged teacher")
-        base = packaged_teacher(work)
+        base = first(together, lambda: packaged_teacher(work))
         lineage["licence"] = msgspec.to_builtins(packaged_licence())
     else:
         lineage["licence"] = {"name": _licence_in(base), "notice": "as stated by the model file", "file": ""}
     lineage["base_digest"] = digest_file(base)
     lineage["records_digest"] = digest_value(records)
 
-    trimmed, lineage["trim"] = _trim(
-        task, records, work=work, base=base, base_digest=lineage["base_digest"], texts=texts, plan=plan, told=told
+    general, digest = base, lineage["base_digest"]
+    trimmed, lineage["trim"] = first(
+        together, lambda: _trim(task, records, work=work, base=general, base_digest=digest, texts=texts, plan=plan, told=told)
     )
-    corrected, lineage["correct"] = _correct(task, learnable, work=work, trimmed=trimmed, plan=plan, told=told)
-    cut, lineage["cut"] = _cut(work=work, corrected=corrected, plan=plan, told=told)
-    captured, lineage["capture"] = _capture(task, records, work=work, corrected=corrected, plan=plan, told=told)
-    student, lineage["distil"] = _distil(task, learnable, work=work, cut=cut, captured=captured, plan=plan, told=told)
-    return _export(out, corrected=corrected, student=student, plan=plan, lineage=lineage, told=told)
+    corrected, lineage["correct"] = _correct(task, learnable, work=work, trimmed=trimmed, plan=plan, told=told, world=together)
+    cut, lineage["cut"] = first(together, lambda: _cut(work=work, corrected=corrected, plan=plan, told=told))
+    captured, lineage["capture"] = first(together, lambda: _capture(task, records, work=work, corrected=corrected, plan=plan, told=told))
+    student, lineage["distil"] = _distil(task, learnable, work=work, cut=cut, captured=captured, plan=plan, told=told, world=together)
+    if together.rank == 0:
+        _export(out, corrected=corrected, student=student, plan=plan, lineage=lineage, told=told)
+    together.wait()
+    teacher, student, student_float, start = (out / f"{name}.gguf" for name in ("teacher", "student", "student-f16", "initial-adapter"))
+    return Forged(teacher, student, student_float, start, msgspec.json.decode((out / "lineage.json").read_bytes()))
 
 
 def _trim(
@@ -185,11 +195,11 @@ def _trim(
 
 
 def _correct(
-    task: Task, records: Sequence[Record], *, work: Path, trimmed: Path, plan: Plan, told: Progress
+    task: Task, records: Sequence[Record], *, work: Path, trimmed: Path, plan: Plan, told: Progress, world: Together
 ) -> tuple[Path, dict[str, Any]]:
     checkpoint = Checkpoint.read(trimmed)
     upper_half = Recipe(mode="full", learning_rate=3e-4, first_block=checkpoint.blocks // 2)
-    recipe = _within(plan.correct or upper_half, plan.budget.correct_s)
+    recipe = _within(plan.correct or upper_half, plan.budget.correct_s, plan.accumulate)
     stage = Stage(work, "correct", [checkpoint.digest, task, digest_value(records), recipe, plan.verdict, plan.seed])
     path = stage.folder / "corrected-f16.gguf"
     if stage.report is None:
@@ -198,10 +208,14 @@ def _correct(
             weights = token_weights(tokenizer, task, examples, verdict=plan.verdict)
         loss = distillation_loss(examples, weights=weights)
         state = stage.folder / "train.state"
-        model, result = trained(checkpoint, examples, recipe, seed=plan.seed, loss=loss, progress=_steps(told, "correct"), state=state)
-        model.write(path)
-        state.unlink(missing_ok=True)
-        stage.finish({"recipe": recipe, "training": result, "file_digest": model.digest})
+        model, result = trained(
+            checkpoint, examples, recipe, seed=plan.seed, loss=loss, progress=_steps(told, "correct"), state=state, world=world
+        )
+        if world.rank == 0:
+            model.write(path)
+            state.unlink(missing_ok=True)
+            stage.finish({"recipe": recipe, "training": result, "file_digest": model.digest})
+        world.wait()
     return path, _told(told, stage)
 
 
@@ -234,9 +248,9 @@ def _capture(
 
 
 def _distil(
-    task: Task, records: Sequence[Record], *, work: Path, cut: Path, captured: Path, plan: Plan, told: Progress
+    task: Task, records: Sequence[Record], *, work: Path, cut: Path, captured: Path, plan: Plan, told: Progress, world: Together
 ) -> tuple[Path, dict[str, Any]]:
-    recipe = _within(plan.student, plan.budget.student_s)
+    recipe = _within(plan.student, plan.budget.student_s, plan.accumulate)
     checkpoint = Checkpoint.read(cut)
     stage = Stage(work, "distil", [checkpoint.digest, captured.name, recipe, plan.alpha, plan.own, plan.verdict, plan.seed])
     path = stage.folder / "student-f16.gguf"
@@ -251,24 +265,20 @@ def _distil(
         cache = TargetCache(captured, header)
         loss = distillation_loss(examples, weights=weights, cache=cache, alpha=plan.alpha)
         state = stage.folder / "train.state"
-        model, result = trained(checkpoint, examples, recipe, seed=plan.seed, loss=loss, progress=_steps(told, "distil"), state=state)
-        cache.close()
-        model.write(path)
-        state.unlink(missing_ok=True)
-        stage.finish(
-            {
-                "recipe": recipe,
-                "training": result,
-                "alpha": plan.alpha,
-                "captured": len(log),
-                "own": len(others),
-                "file_digest": model.digest,
-            }
+        model, result = trained(
+            checkpoint, examples, recipe, seed=plan.seed, loss=loss, progress=_steps(told, "distil"), state=state, world=world
         )
+        cache.close()
+        figures = {"recipe": recipe, "training": result, "alpha": plan.alpha, "captured": len(log), "own": len(others)}
+        if world.rank == 0:
+            model.write(path)
+            state.unlink(missing_ok=True)
+            stage.finish({**figures, "file_digest": model.digest})
+        world.wait()
     return path, _told(told, stage)
 
 
-def _export(out: Path, *, corrected: Path, student: Path, plan: Plan, lineage: dict[str, Any], told: Progress) -> Forged:
+def _export(out: Path, *, corrected: Path, student: Path, plan: Plan, lineage: dict[str, Any], told: Progress) -> None:
     began = time.monotonic()
     staging = out.with_name(out.name + ".part")
     shutil.rmtree(staging, ignore_errors=True)
@@ -287,14 +297,12 @@ def _export(out: Path, *, corrected: Path, student: Path, plan: Plan, lineage: d
         path.replace(out / path.name)
     staging.rmdir()
     told("export", 1.0, "done")
-    teacher, student_out, float_out, start = (out / path.name for path in made)
-    return Forged(teacher, student_out, float_out, start, lineage)
 
 
-def _within(recipe: Recipe, seconds: float) -> Recipe:
-    """The recipe with the budget's seconds, unless it has a limit of its own."""
+def _within(recipe: Recipe, seconds: float, accumulate: int) -> Recipe:
+    """The recipe with the budget's seconds, unless it has a limit of its own, and the plan's batches a step."""
     limited = recipe.seconds or recipe.epochs or recipe.steps
-    return recipe if limited else msgspec.structs.replace(recipe, seconds=seconds)
+    return msgspec.structs.replace(recipe, seconds=recipe.seconds if limited else seconds, accumulate=recipe.accumulate * accumulate)
 
 
 def _header(checkpoint: Checkpoint) -> CacheHeader:

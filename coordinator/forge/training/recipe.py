@@ -14,6 +14,7 @@ import torch
 from transformers import Gemma3ForCausalLM
 
 from coordinator.forge.students.ternary import make_ternary, settle
+from coordinator.forge.training.scale import OneProcess, Together
 from protocol.adapters import unpack
 from protocol.errors import BadInput
 from protocol.models.checkpoint import Checkpoint, encode_tensor
@@ -33,6 +34,7 @@ class Recipe(msgspec.Struct, frozen=True):
     first_block: int = 0  # blocks below it stay as they are: they run once an example, and never backwards
     ternary: bool = False  # train three-valued matrices (students.ternary); whole models only
     batch_tokens: int = 512  # about 8 ranch records: many small steps beat few large ones in minutes of training
+    accumulate: int = 1  # batches a step, over all processes of a world
     warm_up: float = 0.05
     seconds: float | None = None
     epochs: float | None = None
@@ -48,6 +50,7 @@ def trained(
     loss: Loss = cross_entropy,
     progress: Callable[[Step], None] | None = None,
     state: Path | None = None,
+    world: Together | None = None,
 ) -> tuple[Checkpoint, TrainResult]:
     """Train a copy of `checkpoint` on `examples`; returns it in F16 (which holds ternary weights exactly) with the embedding as stored.
 
@@ -62,6 +65,7 @@ def trained(
         seed=seed,
         progress=progress,
         state=state,
+        world=world,
     )
 
 
@@ -73,15 +77,19 @@ def trained_by(
     seed: int,
     progress: Callable[[Step], None] | None = None,
     state: Path | None = None,
+    world: Together | None = None,
 ) -> tuple[Checkpoint, TrainResult]:
     """As `trained`, on whatever `course` makes of the model in training: a feed that lets it write, for one."""
     if recipe.ternary and (recipe.mode != "full" or recipe.first_block):
         raise BadInput("ternary training is of whole models: mode 'full' and first_block 0")
-    model = to_torch(checkpoint, dtype=best_dtype())
+    together = world or OneProcess()
+    dtype = best_dtype() if together.device.type == "cpu" else torch.bfloat16
+    model = to_torch(checkpoint, dtype=dtype)
 
     def run(parameters: Sequence[torch.nn.Parameter]) -> TrainResult:
+        model.to(together.device)
         feed, loss = course(model)
-        return train(
+        result = train(
             model,
             feed,
             parameters=parameters,
@@ -93,7 +101,11 @@ def trained_by(
             warm_up=recipe.warm_up,
             progress=progress,
             state=state,
+            accumulate=recipe.accumulate,
+            world=together,
         )
+        model.cpu()
+        return result
 
     if recipe.mode == "lora":
         digest = checkpoint.digest if checkpoint.path else f"{seed}"
