@@ -32,7 +32,7 @@ from protocol.models.torch_model import best_dtype, to_torch, use_threads
 from protocol.models.training import Step
 from protocol.tasks import Record, Task
 
-VERSION = 1  # raise it when a stage computes something else from the same inputs
+VERSION = 2  # raise it when a stage computes something else from the same inputs
 STAGES = ("trim", "correct", "cut", "capture", "distil", "export")
 RANK = 8  # of a site's adapter; the merge of two has rank 16
 HELD_BACK = 500  # texts that the counting corpus does not see, to report coverage on

@@ -1,78 +1,93 @@
 """The target cache: what the teacher thought of every target token, on disk, so that a student's epochs never run the teacher again.
 
-One record an example: its token ids' digest, top-k ids (bit-packed), log-probabilities (float16) and the log of the mass outside.
+One record an example, named by its token ids' digest; what it holds depends on the mode (`packing`).
 Rules:
- * Append only, in shards; each record carries a CRC. After kill -9 the record in flight is cut off, no other is lost, none is doubled.
- * The header names teacher, tokeniser, temperature and k; a cache of another teacher is refused, never mixed.
- * Size: k * (2 + ceil(log2 V) / 8) + 2 bytes a token: 184 B for k = 50 and V = 8,192; no more than 200 B up to V = 32,768.
- * Reading is through mmap: memory holds the index only.
+ * Append only, in shards of at most SHARD_BYTES; each record carries a CRC. After kill -9 the record in flight is cut off, no other is
+   lost, none is doubled.
+ * The header names teacher, tokeniser, temperature and mode; a cache of another teacher is refused, never mixed.
+ * Any number of processes may write into one folder, each a shard family of its own (shard-WORKER-of-N-NUMBER.bin) under a lock; a reader
+   sees all families. Opening changes nothing: a torn end is cut off by the family's next writer, before its first record.
+ * At most 200 B a token in mode topk with k = 50, up to a vocabulary of 32,768.
+ * Reading is through mmap: memory holds the index only, about 150 B a record.
 """
 
+import fcntl
 import mmap
 import os
 import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, Literal
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from coordinator.forge.sharing import Worker
+from coordinator.forge.targets import packing
+from coordinator.forge.targets.packing import Cached, Samples, States, Targets
 from protocol.blobs import write_atomically
 from protocol.codec import decode_as
 from protocol.digests import digest_value
-from protocol.errors import BadInput, WrongDigest
+from protocol.errors import BadInput, NotEnough, WrongDigest
 from protocol.models.tokenizer import Example
 
+__all__ = ["KINDS", "CacheHeader", "Cached", "Samples", "States", "TargetCache", "Targets", "key_of"]
+
 SHARD_BYTES = 64 << 20
-MAGIC = 0x4D41495A  # "MAIZ"
-_HEAD = struct.Struct("<I16sHHII")  # magic, key, tokens, k, payload bytes, CRC-32 of key and payload
+KINDS: dict[str, type[Targets] | type[Samples] | type[States]] = {"topk": Targets, "sampled": Samples, "hidden8": States}
+MAGIC = 0x32494C4D  # "MLI2"
+_HEAD = struct.Struct("<I16sHHI")  # magic, key, tokens, k, payload bytes
+_CRC = struct.Struct("<I")  # of head and payload
+_START = _HEAD.size + _CRC.size
 
 
 class CacheHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the log-probabilities in the cache mean."""
+    """What the numbers in the cache mean."""
 
-    teacher: str  # SHA-256 of the teacher's model file
+    teacher: str  # SHA-256 of the teacher's model file; in mode hidden8 its output matrix is needed to read the states
     tokenizer: str  # SHA-256 of its vocabulary
-    k: int
+    k: int  # topk: ids a token; sampled: draws a token; hidden8: 0
     vocabulary: int  # its size
-    temperature: float = 1.0
-
-
-class Targets(NamedTuple):
-    """The teacher's view of one example: n target tokens."""
-
-    ids: NDArray[np.int64]  # (n, k)
-    log_probs: NDArray[np.float32]  # (n, k), nats
-    tail: NDArray[np.float32]  # (n,), log of the mass outside the top k
+    temperature: float = 1.0  # the distribution is softmax(logits / temperature)
+    mode: Literal["topk", "sampled", "hidden8"] = "topk"
+    width: int = 0  # hidden8: numbers of a state
 
 
 class TargetCache:
-    """A folder of shards. One writer at a time."""
+    """A folder of shards: many readers, one writer a family."""
 
-    def __init__(self, folder: Path, header: CacheHeader) -> None:
-        """Open or create; a record that was being written when the power went is cut off.
+    def __init__(self, folder: Path, header: CacheHeader, *, worker: Worker | None = None) -> None:
+        """Open or create; `worker` says which shard family `put` writes to.
 
         Raises:
-            WrongDigest: the folder holds the targets of another teacher, tokeniser, k or temperature.
+            WrongDigest: the folder holds the targets of another teacher, tokeniser, mode, k or temperature.
+            BadInput: a header that fits no mode.
         """
+        _check(header)
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.header = folder, header
+        self.folder, self.header, self.worker = folder, header, worker or Worker()
+        self._family = f"shard-{self.worker.number}-of-{self.worker.of}"
         self._bits = max(1, (header.vocabulary - 1).bit_length())
-        named = folder / "header.json"
-        if named.is_file():
-            found = decode_as(named.read_bytes(), CacheHeader, what="target cache header")
-            if found != header:
-                raise WrongDigest(f"{folder} holds the targets of another teacher or setting; use another folder or delete it")
-        else:
-            write_atomically(named, msgspec.json.encode(header))
-        self._places: dict[bytes, tuple[int, int]] = {}  # key -> shard, offset
-        self._maps: dict[int, mmap.mmap] = {}
-        self._shards = sorted(folder.glob("shard-*.bin"))
-        for number, shard in enumerate(self._shards):
-            self._index(number, shard)
+        if not (folder / "header.json").is_file():
+            _begin(folder, header)
+        if read_header(folder) != header:
+            raise WrongDigest(f"{folder} holds the targets of another teacher or setting; use another folder or delete it")
+        self._places: dict[bytes, tuple[Path, int]] = {}  # key -> shard, offset
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._lock: BinaryIO | None = None
+        self._file: BinaryIO | None = None  # the shard that `put` appends to
+        for shard in sorted(folder.glob("shard-*-of-*-*.bin")):
+            self._index(shard)
+
+    @classmethod
+    def open(cls, folder: Path) -> "TargetCache":
+        """Open a cache that is there, whatever its mode.
+
+        Raises:
+            BadInput: the folder holds no cache.
+        """
+        return cls(folder, read_header(folder))
 
     def __len__(self) -> int:
         return len(self._places)
@@ -80,30 +95,29 @@ class TargetCache:
     def __contains__(self, example: Example) -> bool:
         return key_of(example) in self._places
 
-    def put(self, example: Example, targets: Targets) -> None:
-        """Append one record and make it durable in the order written; an example that is there already stays as it is.
+    def put(self, example: Example, targets: Cached) -> None:
+        """Append one record, in the order written; an example that is there already stays as it is.
 
         Raises:
-            BadInput: shapes other than (target tokens, k), or numbers that are not finite.
+            BadInput: arrays that do not fit example and header, numbers that are not finite, or a family that another process writes.
+            NotEnough: the disk is full; nothing was put.
         """
         key = key_of(example)
+        if self._file is None:
+            self._claim()
         if key in self._places:
             return
-        n, k = targets.ids.shape
-        if n != len(example.target) or targets.log_probs.shape != (n, k) or targets.tail.shape != (n,) or k != self.header.k:
-            raise BadInput(f"targets of shape {targets.ids.shape} do not fit {len(example.target)} tokens of top {self.header.k}")
-        if not np.isfinite(targets.log_probs).all() or np.isnan(targets.tail).any():
-            raise BadInput("the teacher's log-probabilities are not finite; they were not cached")
-        payload = _pack_ids(targets.ids, self._bits) + targets.log_probs.astype("<f2").tobytes() + targets.tail.astype("<f2").tobytes()
-        record = _HEAD.pack(MAGIC, key, n, k, len(payload), zlib.crc32(key + payload)) + payload
-        if not self._shards or self._shards[-1].stat().st_size + len(record) > SHARD_BYTES:
-            self._shards.append(self.folder / f"shard-{len(self._shards):04d}.bin")
-        with self._shards[-1].open("ab") as file:
-            offset = file.tell()
-            file.write(record)
-        self._places[key] = (len(self._shards) - 1, offset)
+        payload = self._packed(example, targets)
+        head = _HEAD.pack(MAGIC, key, len(example.target), self.header.k, len(payload))
+        record = head + _CRC.pack(zlib.crc32(payload, zlib.crc32(head))) + payload
+        file = self._room(len(record))
+        offset = file.tell()
+        if file.write(record) != len(record):
+            os.ftruncate(file.fileno(), offset)
+            raise NotEnough(f"no space left for {self.folder}; free some and run again: what was put before is whole")
+        self._places[key] = (Path(file.name), offset)
 
-    def get(self, example: Example) -> Targets | None:
+    def get(self, example: Example) -> Cached | None:
         """The teacher's view of that example, or None when it was never captured.
 
         Raises:
@@ -114,51 +128,118 @@ class TargetCache:
         if place is None:
             return None
         shard, offset = place
-        view = self._view(shard, offset)
-        magic, found, n, k, size, crc = _HEAD.unpack_from(view, offset)
-        payload = bytes(view[offset + _HEAD.size : offset + _HEAD.size + size])
-        if magic != MAGIC or found != key or zlib.crc32(key + payload) != crc:
-            raise WrongDigest(f"{self._shards[shard]} was altered at byte {offset}; delete the folder {self.folder} to capture again")
-        packed = (n * k * self._bits + 7) // 8
-        ids = _unpack_ids(payload[:packed], n * k, self._bits).reshape(n, k)
-        numbers = np.frombuffer(payload, dtype="<f2", offset=packed).astype(np.float32)
-        return Targets(ids, numbers[: n * k].reshape(n, k), numbers[n * k :])
+        found = _record_at(self._map(shard, offset), offset)
+        if found is None or found[0] != key:
+            raise WrongDigest(f"{shard} was altered at byte {offset}; delete the folder {self.folder} to capture again")
+        _, n, payload = found
+        if self.header.mode == "topk":
+            return packing.unpack_targets(payload, n, self.header.k, self._bits)
+        if self.header.mode == "sampled":
+            return packing.unpack_samples(payload, n, self.header.k, self._bits)
+        return packing.unpack_states(payload, n, self.header.width)
 
     def sync(self) -> None:
-        """Force the last shard to the disk."""
-        if self._shards:
-            with self._shards[-1].open("rb") as file:
-                os.fsync(file.fileno())
+        """Force what was put to the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     @property
     def size(self) -> int:
         """Bytes of all shards."""
-        return sum(shard.stat().st_size for shard in self._shards)
+        return sum(shard.stat().st_size for shard in self.folder.glob("shard-*-of-*-*.bin"))
+
+    @property
+    def family_size(self) -> int:
+        """Bytes of the shards that this worker's family has."""
+        return sum(shard.stat().st_size for shard in self.folder.glob(f"{self._family}-*.bin"))
 
     def close(self) -> None:
-        """Unmap the shards."""
+        """Unmap the shards and let the next writer in; closing twice does nothing."""
         for view in self._maps.values():
             view.close()
         self._maps.clear()
+        for file in (self._file, self._lock):
+            if file is not None:
+                file.close()
+        self._file = self._lock = None
 
-    def _view(self, shard: int, offset: int) -> mmap.mmap:
+    def __enter__(self) -> "TargetCache":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _packed(self, example: Example, targets: Cached) -> bytes:
+        """The record's payload, checked against example and header."""
+        n, header = len(example.target), self.header
+        kind = KINDS[header.mode]
+        if not isinstance(targets, kind):
+            raise BadInput(f"this cache is of mode {header.mode!r}: it takes {kind.__name__}, not {type(targets).__name__}")
+        if not all(np.isfinite(part).all() for part in targets if part is not getattr(targets, "tail", None)):
+            raise BadInput("the teacher's log-probabilities are not finite; they were not cached")
+        if isinstance(targets, Targets):
+            shapes = {targets.ids.shape, targets.log_probs.shape, (*targets.tail.shape, header.k)}
+            if shapes != {(n, header.k)} or np.isnan(targets.tail).any():
+                raise BadInput(f"targets of shape {targets.ids.shape} do not fit {n} tokens of top {header.k}")
+            return packing.pack_targets(targets, self._bits)
+        if isinstance(targets, Samples):
+            shapes = {part.shape for part in targets}
+            if len(shapes) != 1 or len(targets.ids) != n or not np.allclose(targets.weights.sum(1), 1.0, atol=1e-4):
+                raise BadInput(f"samples of shape {targets.ids.shape} do not fit {n} tokens of {header.k} draws")
+            return packing.pack_samples(targets, header.k, self._bits)
+        if targets.states.shape != (n, header.width):
+            raise BadInput(f"states of shape {targets.states.shape} do not fit {n} tokens of width {header.width}")
+        return packing.pack_states(targets)
+
+    def _claim(self) -> None:
+        """Become the family's writer: lock it, see what its last writer left, cut a torn end off."""
+        family = self._family
+        lock = (self.folder / f"{family}.lock").open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise BadInput(f"another process is writing {family} of {self.folder}; wait for it or use another shard number") from error
+        self._lock = lock
+        shards = sorted(self.folder.glob(f"{family}-*.bin"))
+        for shard in shards:
+            whole = self._index(shard)
+            if whole < shard.stat().st_size:
+                os.truncate(shard, whole)
+        self._append_to(shards[-1] if shards else self.folder / f"{family}-{0:04d}.bin")
+
+    def _append_to(self, shard: Path) -> None:
+        if self._file is not None:
+            self.sync()
+            self._file.close()
+        self._file = shard.open("ab", buffering=0)  # a record is one write: whole in the file, or torn at its end
+
+    def _room(self, size: int) -> BinaryIO:
+        """The shard to append `size` bytes to."""
+        assert self._file is not None
+        if self._file.tell() and self._file.tell() + size > SHARD_BYTES:
+            family, _, number = Path(self._file.name).stem.rpartition("-")
+            self._append_to(self.folder / f"{family}-{int(number) + 1:04d}.bin")
+        return self._file
+
+    def _map(self, shard: Path, offset: int) -> mmap.mmap:
+        """The shard mapped far enough to hold the record at `offset`, which is the last one put or an earlier one."""
         view = self._maps.get(shard)
-        if view is None or offset + _HEAD.size > len(view) or self._shards[shard].stat().st_size > len(view):
-            if view is not None:
-                view.close()
-            with self._shards[shard].open("rb") as file:
+        if view is None or offset >= len(view):
+            with shard.open("rb") as file:
                 view = self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return view
 
-    def _index(self, number: int, shard: Path) -> None:
-        """Find the shard's records; cut it after the last whole one."""
+    def _index(self, shard: Path) -> int:
+        """Find the shard's records; returns where the last whole one ends."""
         whole = 0
-        for key, offset, end in _records(shard):
-            self._places.setdefault(key, (number, offset))
-            whole = end
-        if whole < shard.stat().st_size:
-            with shard.open("r+b") as file:
-                file.truncate(whole)
+        if not shard.stat().st_size:
+            return whole
+        with shard.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            for key, offset, end in _records(view):
+                self._places.setdefault(key, (shard, offset))
+                whole = end
+        return whole
 
 
 def key_of(example: Example) -> bytes:
@@ -166,25 +247,53 @@ def key_of(example: Example) -> bytes:
     return bytes.fromhex(digest_value([example.prompt, example.target])[:32])
 
 
-def _records(shard: Path) -> Iterator[tuple[bytes, int, int]]:
+def read_header(folder: Path) -> CacheHeader:
+    """The header of the cache in `folder`.
+
+    Raises:
+        BadInput: there is none.
+    """
+    named = folder / "header.json"
+    if not named.is_file():
+        raise BadInput(f"{folder} holds no target cache; make one with `milpa-coordinator capture`")
+    return decode_as(named.read_bytes(), CacheHeader, what="target cache header")
+
+
+def _begin(folder: Path, header: CacheHeader) -> None:
+    """Write the header, once, whoever of several processes comes first."""
+    with (folder / "header.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "header.json").is_file():
+            write_atomically(folder / "header.json", msgspec.json.encode(header))
+
+
+def _check(header: CacheHeader) -> None:
+    most = packing.MOST_DRAWS if header.mode == "sampled" else header.vocabulary
+    if header.mode == "hidden8":
+        if header.k or header.width <= 0 or header.width % packing.BLOCK:
+            raise BadInput(f"mode hidden8 wants k 0 and a width that {packing.BLOCK} divides, not k {header.k}, width {header.width}")
+    elif not 1 <= header.k <= most:
+        raise BadInput(f"mode {header.mode} wants a k from 1 to {most}, not {header.k}")
+    if not header.temperature > 0:
+        raise BadInput(f"a temperature above 0 is needed, not {header.temperature}")
+
+
+def _record_at(view: mmap.mmap, offset: int) -> tuple[bytes, int, memoryview] | None:
+    """Key, tokens and payload of the record at `offset`; None when it is not whole."""
+    if offset + _START > len(view):
+        return None
+    magic, key, n, _, size = _HEAD.unpack_from(view, offset)
+    if magic != MAGIC or offset + _START + size > len(view):
+        return None
+    payload = memoryview(view[offset + _START : offset + _START + size])
+    (crc,) = _CRC.unpack_from(view, offset + _HEAD.size)
+    return (key, n, payload) if zlib.crc32(payload, zlib.crc32(view[offset : offset + _HEAD.size])) == crc else None
+
+
+def _records(view: mmap.mmap) -> Iterator[tuple[bytes, int, int]]:
     """Key, offset and end of each whole record, up to the first broken one."""
-    data = shard.read_bytes()
     offset = 0
-    while offset + _HEAD.size <= len(data):
-        magic, key, _, _, size, crc = _HEAD.unpack_from(data, offset)
-        end = offset + _HEAD.size + size
-        if magic != MAGIC or end > len(data) or zlib.crc32(key + data[offset + _HEAD.size : end]) != crc:
-            return
-        yield key, offset, end
+    while found := _record_at(view, offset):
+        end = offset + _START + len(found[2])
+        yield found[0], offset, end
         offset = end
-
-
-def _pack_ids(ids: NDArray[np.int64], bits: int) -> bytes:
-    """Each id in `bits` bits, highest first."""
-    shifts = np.arange(bits - 1, -1, -1)
-    return np.packbits(((ids.ravel()[:, None] >> shifts) & 1).astype(np.uint8).ravel()).tobytes()
-
-
-def _unpack_ids(data: bytes, count: int, bits: int) -> NDArray[np.int64]:
-    flags = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=count * bits).reshape(count, bits)
-    return flags.astype(np.int64) @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64))

@@ -1,28 +1,35 @@
-"""Distillation: the teacher answers the training sources, its answers and top-k log-probabilities become the student's targets.
+"""Capture: the teacher's view of every target token of the training records becomes a target cache.
 
-Sequence-level targets first (Kim and Rush 2016), sparse logits second (top-k and a tail bucket, captured in the same pass that generates).
-A target must pass the task's gate: of the task's form, finished, and not against a known truth. Where the teacher is wrong and the truth is
-known, the record's own target is learned, without the teacher's log-probabilities; where nothing is known, the record is left out.
+Two kinds of answers: `teacher`, which the teacher writes itself (greedy; sequence-level distillation, Kim and Rush 2016), and `given`,
+the records' own targets, read and not written: an order of magnitude faster. Either way one forward pass over prompt and answer scores.
+An answer of the teacher must pass the task's gate: of the task's form, finished, and not against a known truth. Where the teacher is wrong
+and the truth is known, the record's own target is learned, without the teacher's view; where nothing is known, the record is left out.
+Several workers may capture into one folder, each its share of the records by hash, with a shard family and a log of its own.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import msgspec
-import torch
 from transformers import Gemma3ForCausalLM
 
-from coordinator.forge.targets.cache import TargetCache, Targets
-from coordinator.forge.training.losses import top_k
+from coordinator.forge.sharing import Worker
+from coordinator.forge.synthesis.gates import passes
+from coordinator.forge.targets.cache import CacheHeader, TargetCache
+from coordinator.forge.targets.score import views
+from protocol.digests import digest_value
+from protocol.errors import BadInput
+from protocol.models.checkpoint import Checkpoint
 from protocol.models.tokenizer import Example, Tokenizer, make_example
 from protocol.models.torch_model import generate
 from protocol.tasks import Record, Task
 
-TOP_K = 50
+TOP_K = 50  # ids a token, or draws
 BATCH = 64  # prompts generated together
 CHUNK = 512  # records sorted by length together
-COPIED = 0.9  # a translation longer than 20 characters that shares this much of its words with the source is a copy
+SCORED = ("teacher", "given")
 
 
 class Captured(msgspec.Struct, frozen=True):
@@ -31,7 +38,7 @@ class Captured(msgspec.Struct, frozen=True):
     id: str
     prompt: list[int]
     target: list[int]  # empty: left out
-    kind: str  # "teacher", "own" (the teacher was wrong, the truth is known) or "dropped"
+    kind: str  # "teacher", "own" (the teacher was wrong, the truth is known), "given" (read, not asked) or "dropped"
 
 
 class CaptureResult(msgspec.Struct, frozen=True):
@@ -40,22 +47,33 @@ class CaptureResult(msgspec.Struct, frozen=True):
     records: int
     teacher: float  # share of targets that are the teacher's
     own: float
+    given: float
     dropped: float
-    seconds: float
+    seconds: float  # of this run
+    tokens: int  # target tokens that the teacher's view is cached of
+    tokens_a_second: float  # of this run
     bytes_a_token: float
 
 
-def passes(task: Task, record: Record, text: str) -> bool:
-    """The gate: of the task's form, and not against a known truth."""
-    answer = task.parse(text)
-    if task.kind == "verdict":
-        return bool(answer.verdict) and bool(answer.sentence) and record.verdict in ("", answer.verdict)
-    if not answer.sentence:
-        return False
-    source, words = set(record.source.lower().split()), answer.sentence.lower().split()
-    copied = len(record.source) > 20 and sum(word in source for word in words) >= COPIED * len(words)
-    ratio = len(answer.sentence) / max(1, len(record.source))
-    return not copied and 0.3 < ratio < 3.0
+def header_of(
+    checkpoint: Checkpoint, *, mode: Literal["topk", "sampled", "hidden8"] = "topk", k: int = TOP_K, temperature: float = 1.0
+) -> CacheHeader:
+    """The header of a cache of what that teacher thinks."""
+    tokens = checkpoint.vocabulary.tokens
+    return CacheHeader(
+        teacher=checkpoint.digest,
+        tokenizer=digest_value(tokens),
+        k=0 if mode == "hidden8" else min(k, len(tokens)),
+        vocabulary=len(tokens),
+        temperature=temperature,
+        mode=mode,
+        width=checkpoint.hidden if mode == "hidden8" else 0,
+    )
+
+
+def log_of(folder: Path, worker: Worker) -> Path:
+    """Where that worker logs what it captured into the cache in `folder`."""
+    return folder / f"captured-{worker.number}-of-{worker.of}.jsonl"
 
 
 def capture(
@@ -66,40 +84,59 @@ def capture(
     *,
     cache: TargetCache,
     log: Path,
+    answers: Literal["teacher", "given"] = "teacher",
     seconds: float | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> tuple[list[Captured], CaptureResult]:
-    """Ask the teacher about `records` in order, until they or `seconds` end; goes on where `log` stopped.
+    """Capture the cache's worker's share of `records` in order, until they or `seconds` end; goes on where `log` stopped.
 
-    `log` holds a JSON line a record; a line cut by a power failure is dropped and its record asked again.
+    `log` holds a JSON line a record; a line cut by a power failure is dropped and its record captured again, which doubles nothing:
+    an example that is in the cache stays as it is.
+
+    Raises:
+        BadInput: the log is of the other kind of answers.
     """
+    records = cache.worker.share(records)
     done = read_log(log)
+    if any((one.kind == "given") != (answers == "given") for one in done if one.kind != "dropped"):
+        raise BadInput(f"{log} holds answers of the other kind, not {answers!r}; capture into another folder")
     known = {one.id for one in done}
     begin = time.monotonic()
     todo = [record for record in records if record.id not in known]
-    stopped = False
+    tokens = 0
     for start in range(0, len(todo), CHUNK):
         chunk = sorted(todo[start : start + CHUNK], key=lambda record: len(record.source))
         for first in range(0, len(chunk), BATCH):
             if seconds is not None and time.monotonic() - begin > seconds:
-                stopped = True
-                break
-            found = _ask(model, tokenizer, task, chunk[first : first + BATCH], cache)
+                return done, _result(done, cache, tokens, time.monotonic() - begin)
+            batch = chunk[first : first + BATCH]
+            if answers == "teacher":
+                found = _answered(model, tokenizer, task, batch)
+            else:
+                found = [_own(tokenizer, task, record, kind="given") for record in batch]
+            scored = [Example(one.prompt, one.target) for one in found if one.kind in SCORED]
+            for example, view in zip(scored, views(model, scored, cache.header), strict=True):
+                cache.put(example, view)
             cache.sync()
             with log.open("ab") as file:
                 file.write(b"".join(msgspec.json.encode(one) + b"\n" for one in found))
             done += found
+            tokens += sum(len(example.target) for example in scored)
             if progress:
                 spent = (time.monotonic() - begin) / seconds if seconds else 0.0
                 progress(min(1.0, max(spent, len(done) / len(records))), f"{len(done)} records")
-        if stopped:
-            break
+    return done, _result(done, cache, tokens, time.monotonic() - begin)
+
+
+def _result(done: Sequence[Captured], cache: TargetCache, tokens: int, seconds: float) -> CaptureResult:
+    """Figures over all that the log holds; the rate is this run's."""
     count = max(1, len(done))
-    shares = {kind: sum(one.kind == kind for one in done) / count for kind in ("teacher", "own", "dropped")}
-    tokens = sum(len(one.target) for one in done if one.kind == "teacher")
-    return done, CaptureResult(
-        len(done), shares["teacher"], shares["own"], shares["dropped"], time.monotonic() - begin, cache.size / max(1, tokens)
-    )
+    shares = {kind: sum(one.kind == kind for one in done) / count for kind in ("teacher", "own", "given", "dropped")}
+    cached = sum(len(one.target) for one in done if Example(one.prompt, one.target) in cache)
+    return CaptureResult(
+        len(done), shares["teacher"], shares["own"], shares["given"], shares["dropped"], seconds, cached, tokens / max(seconds, 1e-9),
+        cache.family_size / max(1, cached),
+    )  # fmt: skip
 
 
 def examples_of(captured: Sequence[Captured]) -> list[Example]:
@@ -107,29 +144,29 @@ def examples_of(captured: Sequence[Captured]) -> list[Example]:
     return [Example(one.prompt, one.target) for one in captured if one.kind != "dropped"]
 
 
-def _ask(model: Gemma3ForCausalLM, tokenizer: Tokenizer, task: Task, records: Sequence[Record], cache: TargetCache) -> list[Captured]:
-    """Answer a batch greedily, keep the top k of every chosen token."""
+def _answered(model: Gemma3ForCausalLM, tokenizer: Tokenizer, task: Task, records: Sequence[Record]) -> list[Captured]:
+    """Answer a batch greedily; what does not pass the gate gives way to the record's own target."""
     prompts = [tokenizer.encode(task.prompt(record), bos=True) for record in records]
-    seen: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = [[] for _ in records]
+    answers = generate(model, prompts, max_new_tokens=task.max_new_tokens + 1, eos=tokenizer.eos)
+    return [
+        Captured(record.id, prompt, answer, "teacher")
+        if answer[-1] == tokenizer.eos and len(answer) > 1 and passes(task, record, tokenizer.decode(answer[:-1]))
+        else _own(tokenizer, task, record)
+        for record, prompt, answer in zip(records, prompts, answers, strict=True)
+    ]
 
-    def watch(rows: list[int], logits: torch.Tensor, _chosen: torch.Tensor) -> None:
-        ids, log_probs, tail = top_k(logits, cache.header.k)
-        for at, row in enumerate(rows):
-            seen[row].append((ids[at], log_probs[at], tail[at]))
 
-    answers = generate(model, prompts, max_new_tokens=task.max_new_tokens + 1, eos=tokenizer.eos, watch=watch)
-    found = []
-    for record, prompt, answer, view in zip(records, prompts, answers, seen, strict=True):
-        finished = answer[-1] == tokenizer.eos
-        if finished and len(answer) > 1 and passes(task, record, tokenizer.decode(answer[:-1])):
-            ids, log_probs, tail = (torch.stack(part).numpy() for part in zip(*view, strict=True))
-            cache.put(Example(prompt, answer), Targets(ids, log_probs, tail))
-            found.append(Captured(record.id, prompt, answer, "teacher"))
-        elif record.target:
-            found.append(Captured(record.id, prompt, make_example(tokenizer, task, record).target, "own"))
-        else:
-            found.append(Captured(record.id, prompt, [], "dropped"))
-    return found
+def _own(tokenizer: Tokenizer, task: Task, record: Record, *, kind: str = "own") -> Captured:
+    """The record's own target; without one it is left out."""
+    if not record.target:
+        return Captured(record.id, tokenizer.encode(task.prompt(record), bos=True), [], "dropped")
+    example = make_example(tokenizer, task, record)
+    return Captured(record.id, example.prompt, example.target, kind)
+
+
+def captured_in(folder: Path) -> list[Captured]:
+    """What all workers captured into the cache in `folder`, worker by worker."""
+    return [one for log in sorted(folder.glob("captured-*-of-*.jsonl")) for one in read_log(log)]
 
 
 def read_log(log: Path) -> list[Captured]:
