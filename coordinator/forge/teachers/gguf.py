@@ -10,7 +10,6 @@ Limits: prompt and answer within `context` tokens; the cells of all sequences ar
 """
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -22,16 +21,7 @@ from numpy.typing import NDArray
 
 from coordinator.forge.targets.cache import Targets
 from coordinator.forge.teachers import Said, check_request
-from coordinator.forge.teachers.sampling import (
-    Reduce,
-    Reduced,
-    check_examples,
-    chosen_log_probs,
-    reduce_to_target,
-    reduce_to_top,
-    to_said,
-    to_targets,
-)
+from coordinator.forge.teachers.sampling import check_examples, chosen_log_probs, likelihood_of, to_said, top_of
 from protocol.digests import digest_file
 from protocol.errors import BadInput, NotEnough, TooLarge, Unavailable
 from protocol.models.engine import load_weights
@@ -105,11 +95,11 @@ class GgufTeacher:
 
     def score(self, examples: Sequence[Example], *, k: int) -> list[Targets]:
         """See `Teacher`."""
-        return [to_targets(rows) for rows in self._at_targets(examples, reduce_to_top(k))]
+        return top_of(self._predictions(examples), k=k)
 
     def log_probs(self, examples: Sequence[Example]) -> list[NDArray[np.float32]]:
         """See `Teacher`."""
-        return [np.array(row, dtype=np.float32) for row in self._at_targets(examples, reduce_to_target)]
+        return likelihood_of(self._predictions(examples), examples)
 
     def close(self) -> None:
         """Free the memory. A second call does nothing."""
@@ -159,7 +149,7 @@ class GgufTeacher:
             )
         return ids
 
-    def _hold(self, rows: Sequence[Sequence[int]]) -> None:
+    def _hold(self, rows: Sequence[list[int]]) -> None:
         """Have the beginning that all rows share in sequence 0; each row keeps at least its last token for itself."""
         held = len(self._common)
         if held and all(len(row) > held and list(row[:held]) == self._common for row in rows):
@@ -216,26 +206,25 @@ class GgufTeacher:
     def _cells(self, ids: Sequence[int], sequence: int, *, wanted_from: int) -> list[_Cell]:
         return [_Cell(ids[at], at, sequence, at >= wanted_from) for at in range(len(self._common), len(ids))]
 
-    def _at_targets(self, examples: Sequence[Example], reduce: Reduce[Reduced]) -> list[list[Reduced]]:
-        """What `reduce` makes of the logits at every target token, example by example."""
+    def _predictions(self, examples: Sequence[Example]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Place of each example and its logits at the target positions (n, V), in order."""
         self._need_open()
         check_examples(examples, vocabulary=self.vocabulary, room=self.context)
         if examples:
             self._hold([one.prompt for one in examples])
-        found: list[list[Reduced]] = []
         for first in range(0, len(examples), self.slots):
             group = examples[first : first + self.slots]
             cells: list[_Cell] = []
             for slot, one in enumerate(group, start=1):
                 self._start(slot)
                 cells += self._cells([*one.prompt, *one.target[:-1]], slot, wanted_from=len(one.prompt) - 1)
-            targets = [token for one in group for token in one.target]
-            values: list[Reduced] = []
-            for logits in self._compute(cells):
-                values += reduce(logits, targets[len(values) : len(values) + len(logits)])
-            ends = list(itertools.accumulate(len(one.target) for one in group))
-            found += [values[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
-        return found
+            computed = self._compute(cells)
+            held = torch.empty(0, self.vocabulary)
+            for place, one in enumerate(group, start=first):
+                while len(held) < len(one.target):
+                    held = torch.cat((held, next(computed)))
+                yield place, held[: len(one.target)]
+                held = held[len(one.target) :]
 
     def _compute(self, cells: Sequence[_Cell]) -> Iterator[torch.Tensor]:
         """Read the cells; the logits (m, V) of the wanted ones, part by part."""
@@ -274,7 +263,7 @@ class GgufTeacher:
         return self._ends[token]
 
 
-def common_beginning(rows: Sequence[Sequence[int]]) -> list[int]:
+def common_beginning(rows: Sequence[list[int]]) -> list[int]:
     """The longest beginning of all rows that leaves each a token of its own; [] when it is not worth a copy."""
     first, last = min(rows), max(rows)  # of sorted lists, the two that differ earliest
     room = min(len(row) for row in rows) - 1

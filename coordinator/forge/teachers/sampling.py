@@ -1,11 +1,9 @@
-"""What open teachers share: from drawn tokens to an answer, and from logits to what a target cache keeps."""
+"""What open teachers share: from drawn tokens to an answer, and from logits at the targets to what a target cache keeps."""
 
-from collections.abc import Callable, Collection, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from coordinator.forge.targets.cache import Targets
@@ -14,8 +12,7 @@ from coordinator.forge.training.losses import top_k
 from protocol.errors import BadInput, TooLarge
 from protocol.models.tokenizer import Example
 
-Reduced = TypeVar("Reduced")
-Reduce = Callable[[torch.Tensor, list[int]], Sequence[Reduced]]  # logits (m, V) and the m target tokens -> one value a position
+Predictions = Iterable[tuple[int, torch.Tensor]]  # place of an example, its logits at the target positions (n, V)
 
 
 def to_said(tokens: Sequence[int], log_prob: float, decode: Callable[[Sequence[int]], str], ends: Collection[int]) -> Said:
@@ -31,26 +28,21 @@ def chosen_log_probs(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor
     return logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(-1)
 
 
-def reduce_to_top(k: int) -> Reduce[tuple[NDArray[np.int64], NDArray[np.float32], np.float32]]:
-    """A reduction to the k likeliest tokens and the log of the mass outside."""
-
-    def reduce(logits: torch.Tensor, _: list[int]) -> list[tuple[NDArray[np.int64], NDArray[np.float32], np.float32]]:
-        ids, log_probs, tail = (part.numpy() for part in top_k(logits, k))
-        return list(zip(ids, log_probs, tail, strict=True))
-
-    return reduce
-
-
-def reduce_to_target(logits: torch.Tensor, targets: list[int]) -> list[float]:
-    """A reduction to the target token's own log-probability."""
-    found: list[float] = F.log_softmax(logits.float(), dim=-1).gather(1, torch.tensor(targets)[:, None]).squeeze(1).tolist()
-    return found
+def top_of(predictions: Predictions, *, k: int) -> list[Targets]:
+    """The k likeliest tokens and the log of the mass outside, example by example."""
+    found: dict[int, Targets] = {}
+    for place, logits in predictions:
+        ids, log_probs, tail = top_k(logits, k)
+        found[place] = Targets(ids.numpy(), log_probs.numpy(), tail.numpy())
+    return [found[place] for place in sorted(found)]
 
 
-def to_targets(rows: Sequence[tuple[NDArray[np.int64], NDArray[np.float32], np.float32]]) -> Targets:
-    """One example's positions, put together."""
-    ids, log_probs, tail = zip(*rows, strict=True)
-    return Targets(np.stack(ids), np.stack(log_probs), np.array(tail, dtype=np.float32))
+def likelihood_of(predictions: Predictions, examples: Sequence[Example]) -> list[NDArray[np.float32]]:
+    """log p of every target token, example by example."""
+    found: dict[int, NDArray[np.float32]] = {}
+    for place, logits in predictions:
+        found[place] = chosen_log_probs(logits, torch.tensor(examples[place].target)).numpy()
+    return [found[place] for place in sorted(found)]
 
 
 def check_examples(examples: Sequence[Example], *, vocabulary: int, room: int) -> None:
@@ -63,7 +55,7 @@ def check_examples(examples: Sequence[Example], *, vocabulary: int, room: int) -
     for at, one in enumerate(examples):
         if not one.prompt or not one.target:
             raise BadInput(f"example {at} has an empty prompt or target: there is nothing to score")
-        if not 0 <= min(*one.prompt, *one.target, 0) <= max(*one.prompt, *one.target) < vocabulary:
+        if not 0 <= min(*one.prompt, *one.target) <= max(*one.prompt, *one.target) < vocabulary:
             raise BadInput(f"example {at} has ids outside this teacher's {vocabulary} tokens; it was tokenised with another vocabulary")
         if len(one.prompt) + len(one.target) - 1 > room:
             raise TooLarge(f"example {at} has {len(one.prompt) + len(one.target)} tokens, the teacher reads {room}; shorten the record")
