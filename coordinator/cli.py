@@ -26,6 +26,9 @@ def complete() -> typer.Typer:
     config = typer.Typer(no_args_is_help=True, help="Settings and where each comes from.")
     config.command("show")(importlib.import_module("coordinator.commands.config").show)
     app.add_typer(config, name="config")
+    teacher = typer.Typer(no_args_is_help=True, help="Who teaches.")
+    teacher.command("check")(importlib.import_module("coordinator.commands.teacher").check)
+    app.add_typer(teacher, name="teacher")
     return app
 
 
