@@ -1,0 +1,73 @@
+"""CPU-seconds of a whole distillation, the capture of the teacher included: five epochs of ours against five of the naive loop.
+
+Ours: the teacher answers every source and its top 50 are cached, then the student trains five epochs on them. The naive loop has the
+student write and the live teacher look on in every step; its steps are alike, so one epoch is measured and counted five times.
+"""
+
+from typing import Any
+
+import torch
+
+from bench.forge_step import BATCH_TOKENS, cpu_seconds
+from bench.naive import Naive, lesson
+from bench.settings import TRANSLATION, Settings
+from coordinator.forge.targets.cache import TargetCache
+from coordinator.forge.targets.capture import capture, examples_of, header_of
+from coordinator.forge.training.objective import distillation_loss
+from protocol.models.feed import Epochs
+from protocol.models.tokenizer import Tokenizer
+from protocol.models.torch_model import best_dtype, to_torch
+from protocol.models.training import train
+
+EPOCHS = 5
+RECORDS = 400
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    count = 16 if settings.quick else RECORDS
+    teacher, student, _, eos = lesson(settings, count)
+    records = settings.pairs("train", count)
+    folder = settings.folder("with_capture") / "cache"
+
+    def captured() -> dict[str, Any]:
+        cache = TargetCache(folder, header_of(teacher))
+        with Tokenizer(settings.trimmed()) as tokenizer:
+            model = to_torch(teacher, dtype=best_dtype())
+            spent = cpu_seconds(lambda: capture(model, tokenizer, TRANSLATION, records, cache=cache, log=folder / "log.jsonl"))
+        cache.close()
+        return {"cpu_s": spent}
+
+    capture_s = settings.kept("with_capture", "capture", captured)["cpu_s"]
+    cache = TargetCache.open(folder)
+    with Tokenizer(settings.trimmed()) as tokenizer:
+        model = to_torch(teacher, dtype=best_dtype())
+        log, _ = capture(model, tokenizer, TRANSLATION, records, cache=cache, log=folder / "log.jsonl")  # all there: reads it
+    del model
+    examples = examples_of(log)
+
+    def trained() -> dict[str, Any]:
+        pupil = to_torch(student, dtype=best_dtype())
+        free = [*(p for layer in pupil.model.layers for p in layer.parameters()), *pupil.model.norm.parameters()]
+        feed, loss = Epochs(examples, batch_tokens=BATCH_TOKENS, seed=settings.seed), distillation_loss(examples, cache=cache, alpha=0.5)
+        return {"cpu_s": cpu_seconds(lambda: train(pupil, feed, parameters=free, learning_rate=1e-4, loss=loss, epochs=EPOCHS))}
+
+    training_s = settings.kept("with_capture", "training", trained)["cpu_s"]
+    cache.close()
+
+    feed = Epochs(examples, batch_tokens=BATCH_TOKENS, seed=settings.seed)
+    batches = [batch for batch, _ in zip(feed.batches(0), range(feed.batches_an_epoch), strict=False)]
+
+    def naive(autocast: bool) -> dict[str, Any]:
+        torch.manual_seed(settings.seed)
+        arm = Naive(teacher, student, fresh=True, autocast=autocast, eos=eos)
+        return {"cpu_s": sum(arm.step([examples[i] for i in batch]) for batch in batches)}
+
+    epoch = {kind: settings.kept("with_capture", f"naive-{kind}", lambda autocast=kind == "autocast": naive(autocast))["cpu_s"]
+             for kind in ("float32", "autocast")}  # fmt: skip
+    naive_s = EPOCHS * min(epoch.values())
+    return {
+        "figure": naive_s / (capture_s + training_s),
+        "against": {"naive loop, CPU-s": naive_s, "measured epoch by type": epoch},
+        "ours": {"capture, CPU-s": capture_s, "training, CPU-s": training_s},
+        "n": len(examples), "epochs": EPOCHS, "steps_an_epoch": len(batches),
+    }  # fmt: skip

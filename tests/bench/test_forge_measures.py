@@ -1,0 +1,43 @@
+"""The measures of training speed run from end to end on tiny models; their figures mean nothing there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import forge, forge_step, forge_with_capture
+from bench.naive import padded
+from bench.settings import Settings
+from protocol.models.tokenizer import Example
+
+pytestmark = [pytest.mark.torch, pytest.mark.llama, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    torch.set_num_threads(1)
+    return Settings(tmp_path / "no-data", tmp_path / "work", quick=True)
+
+
+def test_a_step_is_measured_against_both_loops(settings: Settings) -> None:
+    entries = forge.judged("step", forge_step.measure(settings))
+
+    assert list(entries) == ["step", "step_2"]
+    assert all(entry["figure"] > 0 and entry["against"] for entry in entries.values())
+
+
+def test_a_distillation_with_its_capture_is_measured_and_not_repeated_after_a_kill(settings: Settings) -> None:
+    first = forge.judged("with_capture", forge_with_capture.measure(settings))["with_capture"]
+
+    again = forge_with_capture.measure(settings)
+
+    assert first["figure"] > 0
+    assert again["figure"] == first["figure"]
+
+
+def test_labels_of_the_baselines_are_the_target_alone() -> None:
+    ids, mask, labels = padded([Example([2, 5], [7, 1]), Example([2], [1])])
+
+    assert ids.tolist() == [[2, 5, 7, 1], [2, 1, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert labels.tolist() == [[-100, -100, 7, 1], [-100, 1, -100, -100]]
