@@ -170,9 +170,10 @@ class Demo:
             simple = baselines(records["train"], records["test"])
             bar.update(line, total=1, completed=1)
         bundle = evidence.bundle(
-            release=1, task="ranch", sets={"general": models}, baselines={"general": simple}, calibration=calibration, seed=self.seed,
+            release=1, task="ranch", sets={"general": models}, records={"general": records["test"]}, baselines={"general": simple},
+            calibration=calibration, seed=self.seed,
             command=f"milpa-fleet demo --seed {self.seed}", lineage=made["lineage"], machine=evidence.machine(),
-            commit=evidence.commit(),
+            commit=evidence.commit(), code=evidence.code(),
             not_tested=NOT_TESTED, created=int(time.time()),
         )  # fmt: skip
         return {"bundle": bundle, "models": models, "calibration": calibration, "baselines": simple, "dev": dev}

@@ -1,5 +1,8 @@
-"""`milpa-coordinator evaluate`: how good a model file is, on records with known answers."""
+"""`milpa-coordinator evaluate`: how good a model file is, on records with known answers, alone or beside others."""
 
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,30 +13,50 @@ from protocol.errors import BadInput
 
 if TYPE_CHECKING:
     from coordinator.forge.judging.evaluation import Evaluation
+    from coordinator.forge.judging.peers import PeerAnswers
     from protocol.tasks import Record, Task
+
+    Judge = Callable[[str, Path, Path | None, str, Sequence[Record]], Evaluation]  # name, model, adapter, set, its records
 
 
 def evaluate(
     model: Path = typer.Option(..., help="The GGUF to evaluate."),
-    pairs: Path | None = typer.Option(None, help="Sentence pairs: UTF-8, SOURCE<tab>TARGET, one a line."),
+    pairs: list[str] = typer.Option(
+        [],
+        help="Sentence pairs: UTF-8, SOURCE<tab>TARGET, one a line. Repeat as NAME=FILE for several held-out sets, the model's own first.",
+    ),
     source: str = typer.Option("English", help="With --pairs: language of the first column."),
     target: str = typer.Option("Spanish", help="With --pairs: language of the second column."),
     task: str | None = typer.Option(None, help="With --records: the task, such as 'ranch'."),
-    records: Path | None = typer.Option(None, help="Records, one JSON object a line."),
+    records: list[str] = typer.Option([], help="Records, one JSON object a line. Repeat as NAME=FILE for several held-out sets."),
     adapter: Path | None = typer.Option(None, help="A LoRA adapter (GGUF) to put on the model."),
-    limit: int | None = typer.Option(None, min=1, help="Only the first so many records."),
-    few_shot: int = typer.Option(0, "--few-shot", min=0, max=32, help="Show so many solved examples before each record."),
-    examples: Path | None = typer.Option(None, help="With --few-shot: where they come from; never the file evaluated on."),
+    against: list[str] = typer.Option(
+        [],
+        help="Compare with this GGUF on the same records, as NAME=MODEL.gguf or NAME=MODEL.gguf+ADAPTER.gguf; repeat. Names with a "
+        "meaning: teacher, student_float, previous, untrained.",
+    ),
+    limit: int | None = typer.Option(None, min=1, help="Only the first so many records of each set."),
+    few_shot: int = typer.Option(0, "--few-shot", min=0, max=32, help="Show --model so many solved examples before each record."),
+    examples: Path | None = typer.Option(None, help="With --few-shot: where they come from; never a file evaluated on."),
     peer: str | None = typer.Option(None, help="Also ask this system for the same records: 'apertium'."),
+    train: Path | None = typer.Option(None, help="Verdict tasks: training records, for the baselines (majority, nearest, trees)."),
+    categories: bool = typer.Option(
+        False, "--categories", help="Also by category: numbers, names, negation, length, language, verdicts, site."
+    ),
+    watts: float | None = typer.Option(
+        None, help="Watts of one busy core, for joules; without it an assumption that is printed with them."
+    ),
     threads: int = typer.Option(2, min=1, max=256, help="Engines side by side, one thread each."),
     seed: int = typer.Option(12345, help="Of the bootstrap intervals."),
     out: Path | None = typer.Option(None, help="Also write figures and every answer to this JSON file."),
+    report: Path | None = typer.Option(None, help="Also write the evidence as a page to this HTML file."),
+    evidence: Path | None = typer.Option(None, help="Also write the evidence to this JSON file (docs/evidence.md)."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object to stdout and nothing else there."),
 ) -> None:
     """Answer records with a GGUF through the engine that nodes use, and judge the answers.
 
     Prints verdict accuracy (verdict tasks), BLEU and chrF with sacreBLEU signatures, 95% intervals, speed and latency of one thread, and
-    the peak memory of one engine.
+    the peak memory of one engine. With several held-out sets or models, also what the figures allow to say of them together.
 
     Examples:
 
@@ -41,74 +64,202 @@ def evaluate(
 
         milpa-coordinator evaluate --model student.gguf --task ranch --records test.jsonl --json
 
+        milpa-coordinator evaluate --model student.gguf --against teacher=teacher.gguf --against previous=old.gguf --pairs own=test.tsv --pairs news=ntrex.tsv --report evidence.html --evidence evidence.json
+
         milpa-coordinator evaluate --model teacher.gguf --pairs test.tsv --few-shot 5 --examples dev.tsv --limit 200
-    """
-    from coordinator.forge.judging import evaluation, peers
+    """  # noqa: E501
+    from coordinator.forge.judging import economics, evaluation, peers
+    from coordinator.forge.pairs import read_records
     from protocol.names import known
 
     if peer is not None:
         known(peer, peers.NAMES, what="peer")
-    if out is not None and not out.parent.is_dir():
-        raise BadInput(f"--out {out}: there is no folder {out.parent}; make it first")
-    wanted, found = read(pairs, source, target, task, records, limit)
+    for option, file in (("--out", out), ("--report", report), ("--evidence", evidence)):
+        if file is not None and not file.parent.is_dir():
+            raise BadInput(f"{option} {file}: there is no folder {file.parent}; make it first")
+    power = economics.given(watts)
+    wanted, files, found = read_sets(pairs, source, target, task, records, limit)
+    others = opponents(against)
+    if train is not None and not wanted.codes:
+        raise BadInput("--train is for verdict tasks: their baselines learn from it; a translation has --peer")
+    learned_from = read_records(train, wanted) if train is not None else []
     asked, context = wanted, evaluation.CONTEXT
     if few_shot:
-        asked, context = with_examples(wanted, examples, few_shot, avoid=pairs or records), evaluation.FEW_SHOT_CONTEXT
+        asked, context = with_examples(wanted, examples, few_shot, avoid=list(files.values())), evaluation.FEW_SHOT_CONTEXT
     # before the long work, and judged after it
-    answers = peers.apertium(found, wanted) if peer else None
+    answers = {name: peers.apertium(rows, wanted) for name, rows in found.items()} if peer else {}
     with progress_bar() as bar:
-        line = bar.add_task(f"evaluating {model.name}", total=len(found))
-        result = evaluation.evaluate(
-            model, found, asked, adapter=adapter, threads=threads, context=context, seed=seed,
-            progress=lambda done, _: bar.update(line, completed=done),
-        )  # fmt: skip
+
+        def judge(name: str, file: Path, lora: Path | None, where: str, rows: Sequence["Record"]) -> "Evaluation":
+            line = bar.add_task(f"evaluating {file.name}" + (f" on {where}" if len(found) > 1 else ""), total=len(rows))
+            own = name == STUDENT
+            return evaluation.evaluate(
+                file, rows, asked if own else wanted, adapter=lora, threads=threads, context=context if own else evaluation.CONTEXT,
+                name=file.name, seed=seed, progress=lambda done, _: bar.update(line, completed=done),
+            )  # fmt: skip
+
+        judged = judge_all(found, {STUDENT: (model, adapter), **others}, judge)
+    first = next(iter(found))
+    result = judged[first][STUDENT]
     figures = result.figures() | {"task": wanted.name, "model": model.name, "few_shot": few_shot, "seed": seed}
-    if answers is not None:
-        other = evaluation.evaluate_texts(answers.texts, found, wanted, name=answers.name, seed=seed)
-        paired = evaluation.paired_bootstrap(other, result, seed=seed)
-        figures["peers"] = {peer: other.figures() | {"version": answers.version, "seconds": answers.seconds, "paired": paired}}
+    for name, answer in answers.items():
+        judged[name][peer or ""] = evaluation.evaluate_texts(answer.texts, found[name], wanted, name=answer.name, seed=seed)
+    if peer and answers:
+        figures["peers"] = {peer: peer_figures(answers[first], judged[first][peer], result, seed)}
+    proof: dict[str, Any] = {}
+    if others or categories or report or evidence or len(found) > 1 or learned_from:
+        proof = proven(
+            wanted, judged, found if categories or report or evidence or learned_from else None, learned_from, power, seed=seed,
+            command=repeat_line(model, adapter, files, others, wanted, source, target, limit, few_shot, examples, peer, train, watts, seed),
+        )  # fmt: skip
+        figures |= {key: proof[key] for key in ("sets", "statements", "regressions", "not_tested")}
+        figures["economics"] = proof["sets"][first]["economics"]
     if out is not None:
-        write(out, figures, result)
+        write(out, figures | {"answers": result.answers})
+    if evidence is not None:
+        write(evidence, proof)
+    if report is not None:
+        from coordinator.forge.judging.report import evidence_page, write_page
+
+        write_page(report, evidence_page(proof))
     if as_json:
         print_json(figures)
     else:
         show(figures)
 
 
-def read(
-    pairs: Path | None, source: str, target: str, task: str | None, records: Path | None, limit: int | None
-) -> tuple["Task", list["Record"]]:
-    """The task and its records, from either kind of file.
+STUDENT = "student"  # the name of --model among the others
+
+
+def read_sets(
+    pairs: Sequence[str], source: str, target: str, task: str | None, records: Sequence[str], limit: int | None
+) -> tuple["Task", dict[str, Path], dict[str, list["Record"]]]:
+    """The task, and each held-out set's file and records by its name; a file without a name has its stem's.
 
     Raises:
-        BadInput: neither file, both, or a line that is broken.
+        BadInput: neither kind of file, both, a name twice, or a line that is broken.
     """
     from coordinator.forge.pairs import read_pairs, read_records
     from protocol.tasks import task_named, translation
 
-    if (pairs is None) == (records is None):
+    if bool(pairs) == bool(records):
         raise BadInput("give --pairs FILE.tsv, or --task NAME --records FILE.jsonl")
-    if pairs is not None:
-        wanted = translation(source, target) if task is None else task_named(task)
-        return wanted, read_pairs(pairs, wanted, limit=limit)
-    if task is None or records is None:
+    if task is None and records:
         raise BadInput("--records needs --task, for example: --task ranch")
-    wanted = task_named(task)
-    return wanted, read_records(records, wanted, limit=limit)
+    wanted = translation(source, target) if task is None else task_named(task)
+    files = {name: Path(file) for name, file in named(pairs or records, "--pairs" if pairs else "--records").items()}
+    reader = read_pairs if pairs else read_records
+    return wanted, files, {name: reader(file, wanted, limit=limit) for name, file in files.items()}
 
 
-def with_examples(task: "Task", examples: Path | None, count: int, *, avoid: Path | None) -> "Task":
+def named(values: Sequence[str], option: str) -> dict[str, str]:
+    """NAME=VALUE, or VALUE alone, named by its file's stem; an existing file whose own name has a "=" is a file.
+
+    Raises:
+        BadInput: a name twice, or an empty one.
+    """
+    found: dict[str, str] = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        if not equals or "/" in name or Path(value).exists():
+            name, rest = Path(value).stem, value
+        if not name or not rest or name in found:
+            raise BadInput(f"{option} {value}: every one needs a name of its own, as in {option} NAME=FILE")
+        found[name] = rest
+    return found
+
+
+def opponents(against: Sequence[str]) -> dict[str, tuple[Path, Path | None]]:
+    """Name -> model file and adapter of every --against.
+
+    Raises:
+        BadInput: a file that is not there, a name twice, or the name of --model itself.
+    """
+    found: dict[str, tuple[Path, Path | None]] = {}
+    for name, value in named(against, "--against").items():
+        base, plus, lora = value.partition("+")
+        files = (Path(value), None) if Path(value).is_file() or not plus else (Path(base), Path(lora))
+        if name == STUDENT:
+            raise BadInput(f"--against {name}=...: {STUDENT} is what --model is called; choose another name")
+        for file in files:
+            if file is not None and not file.is_file():
+                raise BadInput(f"--against {name}: there is no file {file}")
+        found[name] = files
+    return found
+
+
+def judge_all(
+    sets: Mapping[str, Sequence["Record"]], models: Mapping[str, tuple[Path, Path | None]], judge: "Judge"
+) -> dict[str, dict[str, "Evaluation"]]:
+    """Held-out set -> model -> evaluation."""
+    return {where: {name: judge(name, file, lora, where, rows) for name, (file, lora) in models.items()} for where, rows in sets.items()}
+
+
+def proven(
+    task: "Task",
+    judged: Mapping[str, Mapping[str, "Evaluation"]],
+    records: Mapping[str, Sequence["Record"]] | None,
+    learned_from: Sequence["Record"],
+    power: Any,
+    *,
+    seed: int,
+    command: str,
+) -> dict[str, Any]:
+    """The evidence of an evaluation; its release number is 0, none."""
+    from coordinator.forge.judging import evidence
+
+    simple: dict[str, Any] = {}
+    if learned_from and records is not None:
+        from coordinator.ranch import baselines
+
+        simple = {name: baselines(learned_from, rows) for name, rows in records.items()}
+    return evidence.bundle(
+        release=0, task=task.name, sets=judged, records=records, baselines=simple, seed=seed, command=command, power=power,
+        machine=evidence.machine(), commit=evidence.commit(), code=evidence.code(), created=int(time.time()),
+    )  # fmt: skip
+
+
+def repeat_line(
+    model: Path, adapter: Path | None, files: Mapping[str, Path], others: Mapping[str, tuple[Path, Path | None]], task: "Task",
+    source: str, target: str, limit: int | None, few_shot: int, examples: Path | None, peer: str | None, train: Path | None,
+    watts: float | None, seed: int,
+) -> str:  # fmt: skip
+    """The command that repeats this evaluation; its figures are the same, but for times."""
+    option = "--records" if task.codes else "--pairs"
+    words: list[object] = ["milpa-coordinator", "evaluate", "--model", model]
+    words += ["--task", task.name] if task.codes else ["--source", source, "--target", target]
+    for name, file in files.items():
+        words += [option, f"{name}={file}"]
+    for name, (file, lora) in others.items():
+        words += ["--against", f"{name}={file}" + (f"+{lora}" if lora else "")]
+    for flag, value in (
+        ("--adapter", adapter), ("--limit", limit), ("--few-shot", few_shot or None), ("--examples", examples), ("--peer", peer),
+        ("--train", train), ("--watts", watts),
+    ):  # fmt: skip
+        words += [flag, value] if value is not None else []
+    return shlex.join(str(word) for word in [*words, "--seed", seed, "--categories", "--json"])
+
+
+def peer_figures(answers: "PeerAnswers", other: "Evaluation", result: "Evaluation", seed: int) -> dict[str, Any]:
+    """A peer's figures, its version and time, and the paired difference of the model to it."""
+    from coordinator.forge.judging.evaluation import paired_bootstrap
+
+    paired = paired_bootstrap(other, result, seed=seed)
+    return other.figures() | {"version": answers.version, "seconds": answers.seconds, "paired": paired}
+
+
+def with_examples(task: "Task", examples: Path | None, count: int, *, avoid: Sequence[Path]) -> "Task":
     """The task with `count` solved examples before each record.
 
     Raises:
-        BadInput: no file, too few examples in it, or the very file that is evaluated on.
+        BadInput: no file, too few examples in it, or a file that is evaluated on.
     """
     from coordinator.forge.judging.evaluation import few_shot
     from coordinator.forge.pairs import read_pairs, read_records
 
     if examples is None:
         raise BadInput("--few-shot needs --examples FILE: solved records that are not among those evaluated")
-    if avoid is not None and examples.exists() and avoid.exists() and examples.samefile(avoid):
+    if any(examples.exists() and file.exists() and examples.samefile(file) for file in avoid):
         raise BadInput(f"{examples} is also evaluated on; take the examples from another file, such as the dev set")
     read_file = read_records if task.codes else read_pairs
     found = read_file(examples, task, limit=count)
@@ -117,13 +268,13 @@ def with_examples(task: "Task", examples: Path | None, count: int, *, avoid: Pat
     return few_shot(task, found)
 
 
-def write(out: Path, figures: dict[str, Any], result: "Evaluation") -> None:
-    """Figures and answers as JSON; the file is whole or not there."""
+def write(out: Path, value: dict[str, Any]) -> None:
+    """A value as JSON; the file is whole or not there."""
     import msgspec
 
     from protocol.blobs import write_atomically
 
-    write_atomically(out, msgspec.json.format(msgspec.json.encode(figures | {"answers": result.answers})))
+    write_atomically(out, msgspec.json.format(msgspec.json.encode(value)))
 
 
 def show(figures: dict[str, Any]) -> None:
@@ -134,7 +285,7 @@ def show(figures: dict[str, Any]) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name, justify in (("", "left"), ("verdict", "right"), ("BLEU", "right"), ("chrF", "right"), ("n", "right")):
         table.add_column(name, justify="right" if justify == "right" else "left")
-    for name, row in ((figures["model"], figures), *figures.get("peers", {}).items()):
+    for name, row in rows_of(figures):
         verdict = f"{row['accuracy']:.1%} [{row['accuracy_ci'][0]:.1%}, {row['accuracy_ci'][1]:.1%}]" if "accuracy" in row else "-"
         table.add_row(
             name, verdict, f"{row['bleu']:.1f}", f"{row['chrf']:.1f} [{row['chrf_ci'][0]:.1f}, {row['chrf_ci'][1]:.1f}]", str(row["n"])
@@ -143,11 +294,26 @@ def show(figures: dict[str, Any]) -> None:
     out.print(table)
     out.print(
         f"{figures['tokens_per_second']:.1f} tokens/s, {figures['latency_p50_ms']:.0f} ms a record (median, one thread), "
-        f"{figures['peak_rss_mb']:.0f} MiB at most, file {figures['file_mb']:.1f} MiB"
+        f"{figures['peak_rss_mb']:.0f} MiB at most, file {figures['file_mb']:.1f} MiB, "
+        f"{figures['cpu_seconds_per_1000']:.3g} CPU-seconds for 1,000 answers"
     )
     for name, row in figures.get("peers", {}).items():
         paired = row["paired"]
         out.print(f"against {name}: {paired['diff']:+.2f} [{paired['low']:+.2f}, {paired['high']:+.2f}], p = {paired['p']:.4f} (paired)")
+    for sentence in figures.get("statements", ()):
+        out.print(f"- {sentence}", markup=False)
     out.print(f"BLEU {figures['bleu_signature']}\nchrF {figures['chrf_signature']}", style="dim")
     if figures["n"] < 1000:
         stderr.print(f"{figures['n']} records: small differences mean nothing here; read the intervals", style="dim")
+
+
+def rows_of(figures: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(name, figures) of every model, on every held-out set where there are several."""
+    if "sets" not in figures:
+        return [(figures["model"], figures), *figures.get("peers", {}).items()]
+    several = len(figures["sets"]) > 1
+    return [
+        ((f"{where}: " if several else "") + (figures["model"] if name == STUDENT else name), row)
+        for where, found in figures["sets"].items()
+        for name, row in found["models"].items()
+    ]

@@ -405,7 +405,7 @@ class _Round:
         found = evidence.bundle(
             release=old.number + 1, task=old.task, seed=self.options.seed, command=f"milpa-coordinator round (round {result.round})",
             sets={name: {evidence.STUDENT: after[name], f"release-{old.number}": before[name]} for name in heldout},
-            calibration=calibration, created=now, machine=evidence.machine(),
+            records=heldout, calibration=calibration, created=now, machine=evidence.machine(), code=evidence.code(),
             lineage=[{"name": f"release {old.number}", "digest": self.base.digest},
                      {"name": f"round {result.round}, eta {result.eta:g}, rank {result.rank}", "digest": digest}],
             not_tested=[told] if told else [],

@@ -1,12 +1,18 @@
 """Which sentences the figures allow."""
 
+from pathlib import Path
+from typing import Any
+
 import msgspec
 import pytest
 
-from coordinator.forge.judging import claims, evidence
+from coordinator.forge.judging import claims, evidence, schema
 from coordinator.forge.judging.calibrate import fit
 from coordinator.forge.judging.evaluation import Evaluation
-from tests.evaluation.conftest import simulated
+from protocol.errors import BadInput
+from tests.evaluation.conftest import ranch_records, simulated
+
+ROOT = Path(__file__).parents[2]
 
 
 def with_right(evaluation: Evaluation, right: int) -> Evaluation:
@@ -122,3 +128,114 @@ def test_this_machine_has_a_name_and_cores() -> None:
 
 def test_a_site_that_asked_nothing_has_no_curve() -> None:
     assert evidence.live_curve([0.9, 0.8], [1.0, 0.0], [1.0, 0.0], [False, False])["curve"] == []
+
+
+RECORDS = ranch_records(300)
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    """An evidence with two sets, a teacher, a release before and a peer, categories and costs."""
+    teacher, before, student = (
+        costed(simulated(300, accuracy=share, seed=seed), cpu) for share, seed, cpu in ((0.97, 1, 2.0), (0.9, 2, 0.5), (0.6, 3, 0.5))
+    )
+    models = {"teacher": teacher, "student": student, "release-1": before, "q8_0": student}
+    return evidence.bundle(
+        release=2, task="ranch", sets={"general": models, "esteli": models}, records={"general": RECORDS, "esteli": RECORDS}, seed=4,
+        command="x",
+    )  # fmt: skip
+
+
+def costed(evaluation: Evaluation, cpu: float) -> Evaluation:
+    rows = tuple(msgspec.structs.replace(answer, cpu_seconds=cpu * (1 + place % 3)) for place, answer in enumerate(evaluation.answers))
+    return msgspec.structs.replace(evaluation, answers=rows)
+
+
+def test_a_bundle_has_the_documented_types(whole: dict[str, Any]) -> None:
+    found = schema.check(whole)
+
+    assert found.regressions is not None
+    assert found.regressions.tests == len(found.regressions.rows) > 0
+    assert found.sets["general"].economics.models["student"].joules_per_1000 > 0
+
+
+def test_what_is_no_bundle_is_told_by_its_key(whole: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"no evidence bundle.*\$\.sets"):
+        schema.check(whole | {"sets": {"general": 1}})
+
+
+def test_the_schema_in_the_documents_is_the_types_own() -> None:
+    assert (ROOT / "docs/evidence.schema.json").read_bytes() == schema.json_schema()
+
+
+def test_every_key_of_the_bundle_is_in_the_document() -> None:
+    text = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
+
+    keys = [field.name for kind in (schema.Evidence, schema.HeldOut) for field in msgspec.structs.fields(kind)]
+
+    assert not [key for key in keys if f"`{key}`" not in text]
+
+
+def test_a_collapse_is_named_against_the_release_before_and_the_teacher_in_every_set(whole: dict[str, Any]) -> None:
+    named = {(row["set"], row["against"]) for row in whole["regressions"]["rows"] if row["loss"] and row["category"] == "all"}
+
+    assert named == {(where, which) for where in ("general", "esteli") for which in ("teacher", "release-1")}
+    assert {row["against"] for row in whole["regressions"]["rows"]} == {"teacher", "release-1"}  # not every quantisation
+    assert all(row["tests"] == len(whole["regressions"]["rows"]) for row in whole["regressions"]["rows"])
+
+
+def test_categories_with_few_records_are_listed_as_not_tested(whole: dict[str, Any]) -> None:
+    few = {row["category"] for row in whole["regressions"]["too_few"]}
+
+    assert few
+    assert not few & {row["category"] for row in whole["regressions"]["rows"]}
+
+
+def test_all_paired_comparisons_are_corrected_together(whole: dict[str, Any]) -> None:
+    changes = [change for found in whole["sets"].values() for change in found["paired"].values()]
+
+    assert [change["comparisons"] for change in changes] == [6.0] * 6
+    assert all(change["p_holm"] >= change["p"] for change in changes)
+
+
+def test_one_topic_after_another_so_that_sets_stand_side_by_side(whole: dict[str, Any]) -> None:
+    kept = [place for place, sentence in enumerate(whole["statements"]) if "of the teacher's verdict accuracy" in sentence]
+
+    assert kept == [0, 1]
+    assert [whole["statements"][place].split(":")[0] for place in kept] == ["general", "esteli"]
+    assert "one of 2 such intervals" in whole["statements"][0]
+
+
+def test_one_held_out_set_is_said_to_be_one() -> None:
+    models = {"teacher": simulated(60, accuracy=0.9), "student": simulated(60, accuracy=0.8, seed=1)}
+
+    one, two = (
+        evidence.bundle(release=1, task="ranch", sets=dict.fromkeys(names, models), seed=1, command="x")["not_tested"]
+        for names in (["a"], ["a", "b"])
+    )
+
+    assert evidence.ONE_SET in one
+    assert evidence.ONE_SET not in two
+    assert evidence.NO_CATEGORIES in one
+
+
+def test_the_same_records_have_the_same_digest_and_others_another(whole: dict[str, Any]) -> None:
+    models = {"student": simulated(60, accuracy=0.9)}
+    other = evidence.bundle(
+        release=1, task="ranch", sets={"general": models}, records={"general": RECORDS[:60]}, seed=1, command="x"
+    )  # fmt: skip
+
+    digests = [found["records"]["digest"] for found in (*whole["sets"].values(), other["sets"]["general"])]
+
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_codes_digest_follows_the_code(tmp_path: Path) -> None:
+    for side in evidence.CODE:
+        (tmp_path / side).mkdir()
+    (tmp_path / "protocol" / "a.py").write_text("x = 1\n")
+    before = evidence.code(tmp_path)
+    (tmp_path / "protocol" / "a.py").write_text("x = 2\n")
+
+    assert evidence.code(tmp_path) != before
+    assert len(evidence.code()) == 64
