@@ -1,8 +1,10 @@
 """`milpa-coordinator distill`: records in, a corrected teacher and a small student out."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import typer
+from msgspec import structs
 
 from protocol.console import print_json, progress_bar, stderr
 from protocol.errors import BadInput
@@ -18,8 +20,10 @@ def distill(
     teacher: Path | None = typer.Option(None, help="A Gemma 3 GGUF to start from; by default the packaged 270M model."),
     work: Path | None = typer.Option(None, help="Where stages are kept, found again and resumed; by default OUT/work."),
     budget: str = typer.Option("demo", help="'demo' (8 minutes), 'hour', or seconds of training in all."),
-    blocks: int = typer.Option(8, min=1, help="Transformer blocks the student keeps."),
-    kind: str = typer.Option("Q8_0", help="Type of the student's file, as llama.cpp names it."),
+    student: str | None = typer.Option(None, help="'small', 'tiny' or 'nano': cut in depth and width; by default --blocks at full width."),
+    blocks: int = typer.Option(8, min=1, help="Transformer blocks the student keeps, without --student."),
+    ternary: bool = typer.Option(False, "--ternary", help="Train weights of three values; needs --student. The file is TQ2_0."),
+    kind: str | None = typer.Option(None, help="Type of the student's file; by default Q8_0, Q4_K_M with --student, TQ2_0 with --ternary."),
     limit: int | None = typer.Option(None, min=1, help="Only the first so many records."),
     seed: int = typer.Option(0, help="Of everything random."),
     threads: int = typer.Option(2, min=1, max=256, help="Processor threads for training, of each process."),
@@ -38,13 +42,22 @@ def distill(
 
         milpa-coordinator distill --pairs train.tsv --source English --target Spanish --budget hour --out model --json
 
+        milpa-coordinator distill --pairs train.tsv --student small --budget hour --out small --json
+
         accelerate launch --multi_gpu --num_processes 2 -m coordinator.cli distill --pairs train.tsv --out model --accumulate 2
     """
     from coordinator.forge.pairs import read_pairs, read_records
     from coordinator.forge.pipeline import Budget, Plan, forge
+    from coordinator.forge.students.cut import preset
+    from coordinator.forge.students.export import DEFAULT_KIND, KINDS
     from coordinator.forge.training import scale
+    from protocol.names import known
     from protocol.tasks import task_named, translation
 
+    if student is not None:
+        preset(student)
+    if kind is not None:
+        known(kind, KINDS, what="file type")
     if (pairs is None) == (records is None):
         raise BadInput("say what to learn from: either --pairs FILE.tsv or --task NAME --records FILE.jsonl")
     if records is not None and task is None:
@@ -52,7 +65,13 @@ def distill(
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out} is a file; name a folder")
     wanted = translation(source, target) if pairs is not None else task_named(str(task))
-    plan = Plan(budget=Budget.named(budget), seed=seed, blocks=blocks, kind=kind, threads=threads, accumulate=accumulate)
+    if ternary and student is None:
+        raise BadInput("--ternary needs --student small, tiny or nano: rows of the teacher's width do not fit its blocks of 256 weights")
+    plan = Plan(
+        budget=Budget.named(budget), seed=seed, preset=student or "", blocks=blocks, threads=threads, accumulate=accumulate,
+        kind=kind or ("TQ2_0" if ternary else "Q4_K_M" if student else DEFAULT_KIND),
+    )  # fmt: skip
+    plan = replace(plan, student=structs.replace(plan.student, ternary=ternary))
     found = read_pairs(pairs, wanted, limit=limit) if pairs is not None else read_records(Path(str(records)), wanted, limit=limit)
 
     with progress_bar() as bar:

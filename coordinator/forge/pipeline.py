@@ -13,11 +13,12 @@ from typing import Any
 
 import msgspec
 
-from coordinator.forge.students.cut import evenly
-from coordinator.forge.students.export import DEFAULT_KIND, export
+from coordinator.forge.students.cut import cut_student, evenly, preset
+from coordinator.forge.students.export import DEFAULT_KIND, export, stored
+from coordinator.forge.students.importance import ENOUGH, importance
 from coordinator.forge.students.trim import FREQUENT, coverage, trim
-from coordinator.forge.targets.cache import CacheHeader, TargetCache
-from coordinator.forge.targets.capture import TOP_K, capture, examples_of, read_log
+from coordinator.forge.targets.cache import TargetCache
+from coordinator.forge.targets.capture import capture, examples_of, header_of, read_log
 from coordinator.forge.teachers.packaged import packaged_licence, packaged_teacher
 from coordinator.forge.training.objective import distillation_loss, token_weights
 from coordinator.forge.training.recipe import Recipe, trained
@@ -27,14 +28,16 @@ from protocol.digests import digest_file, digest_value
 from protocol.errors import BadInput, NotEnough
 from protocol.models.checkpoint import Checkpoint
 from protocol.models.lora import initial_adapter, write_adapter_gguf
-from protocol.models.tokenizer import Tokenizer, make_example
+from protocol.models.tokenizer import Example, Tokenizer, make_example
 from protocol.models.torch_model import best_dtype, to_torch, use_threads
 from protocol.models.training import Step
 from protocol.tasks import Record, Task
 
-VERSION = 2  # raise it when a stage computes something else from the same inputs
+VERSION = 1  # raise it when a stage computes something else from the same inputs
 STAGES = ("trim", "correct", "cut", "capture", "distil", "export")
 RANK = 8  # of a site's adapter; the merge of two has rank 16
+CALIBRATION = 256  # training records that decide what a preset's cut keeps, and what quantising must spare
+PLAIN_KINDS = ("F16", "Q8_0")  # too fine for an importance matrix to matter
 HELD_BACK = 500  # texts that the counting corpus does not see, to report coverage on
 
 Progress = Callable[[str, float, str], None]  # stage, share done in [0, 1], a few words
@@ -76,7 +79,8 @@ class Plan:
 
     budget: Budget
     seed: int = 0
-    blocks: int = 8  # the student's
+    preset: str = ""  # "nano", "tiny", "small" (students.cut): cut in depth and width; "": `blocks` of the teacher's width
+    blocks: int = 8  # the student's, without a preset
     alpha: float = 0.1  # weight of the teacher's distribution: what a teacher of minutes is sure of is often wrong (docs/log.md)
     verdict: float = 1.0  # weight of a verdict's tokens in the loss; 4 made no difference to accuracy (docs/log.md)
     own: float = 3.0  # for each captured record, so many records more with their own targets, which the capture had no time for
@@ -168,11 +172,11 @@ def forge(
         together, lambda: _trim(task, records, work=work, base=general, base_digest=digest, texts=texts, plan=plan, told=told)
     )
     corrected, lineage["correct"] = _correct(task, learnable, work=work, trimmed=trimmed, plan=plan, told=told, world=together)
-    cut, lineage["cut"] = first(together, lambda: _cut(work=work, corrected=corrected, plan=plan, told=told))
+    cut, lineage["cut"] = first(together, lambda: _cut(task, learnable, work=work, corrected=corrected, plan=plan, told=told))
     captured, lineage["capture"] = first(together, lambda: _capture(task, records, work=work, corrected=corrected, plan=plan, told=told))
     student, lineage["distil"] = _distil(task, learnable, work=work, cut=cut, captured=captured, plan=plan, told=told, world=together)
     if together.rank == 0:
-        _export(out, corrected=corrected, student=student, plan=plan, lineage=lineage, told=told)
+        _export(task, learnable, out, corrected=corrected, student=student, plan=plan, lineage=lineage, told=told)
     together.wait()
     teacher, student, student_float, start = (out / f"{name}.gguf" for name in ("teacher", "student", "student-f16", "initial-adapter"))
     return Forged(teacher, student, student_float, start, msgspec.json.decode((out / "lineage.json").read_bytes()))
@@ -219,24 +223,39 @@ def _correct(
     return path, _told(told, stage)
 
 
-def _cut(*, work: Path, corrected: Path, plan: Plan, told: Progress) -> tuple[Path, dict[str, Any]]:
+def _cut(task: Task, records: Sequence[Record], *, work: Path, corrected: Path, plan: Plan, told: Progress) -> tuple[Path, dict[str, Any]]:
     checkpoint = Checkpoint.read(corrected)
-    keep = evenly(checkpoint.blocks, min(plan.blocks, checkpoint.blocks))
-    stage = Stage(work, "cut", [checkpoint.digest, keep])
+    if plan.preset:
+        wanted, examples = preset(plan.preset), _calibration(task, records, corrected)
+        stage = Stage(work, "cut", [checkpoint.digest, wanted, examples, plan.seed])
+    else:
+        keep = evenly(checkpoint.blocks, min(plan.blocks, checkpoint.blocks))
+        stage = Stage(work, "cut", [checkpoint.digest, keep])
     path = stage.folder / "cut-f16.gguf"
     if stage.report is None:
-        checkpoint.keep_blocks(keep).write(path)
-        stage.finish({"kept": keep, "of": checkpoint.blocks, "file_digest": digest_file(path)})
+        told("cut", 0.1, plan.preset or f"{plan.blocks} blocks")
+        if plan.preset:
+            student, report = cut_student(checkpoint, wanted, examples, seed=plan.seed)
+        else:
+            student, report = checkpoint.keep_blocks(keep), {"kept": keep, "of": checkpoint.blocks}
+        student.write(path)
+        stage.finish({**report, "file_digest": digest_file(path)})
     return path, _told(told, stage)
+
+
+def _calibration(task: Task, records: Sequence[Record], model: Path) -> list[Example]:
+    with Tokenizer(model) as tokenizer:
+        return [make_example(tokenizer, task, record) for record in records[:CALIBRATION]]
 
 
 def _capture(
     task: Task, records: Sequence[Record], *, work: Path, corrected: Path, plan: Plan, told: Progress
 ) -> tuple[Path, dict[str, Any]]:
     checkpoint = Checkpoint.read(corrected)
-    stage = Stage(work, "capture", [checkpoint.digest, task, digest_value(records), plan.budget.capture_s, TOP_K])
+    header = header_of(checkpoint)
+    stage = Stage(work, "capture", [header, task, digest_value(records), plan.budget.capture_s])
     if stage.report is None:
-        cache = TargetCache(stage.folder, _header(checkpoint))
+        cache = TargetCache(stage.folder, header)
         with Tokenizer(corrected) as tokenizer:
             _, result = capture(
                 to_torch(checkpoint, dtype=best_dtype()), tokenizer, task, records, cache=cache, log=stage.folder / "captured.jsonl",
@@ -261,8 +280,7 @@ def _distil(
         with Tokenizer(cut) as tokenizer:
             examples += [make_example(tokenizer, task, record) for record in others]
             weights = token_weights(tokenizer, task, examples, verdict=plan.verdict)
-        header = msgspec.json.decode((captured / "header.json").read_bytes(), type=CacheHeader)
-        cache = TargetCache(captured, header)
+        cache = TargetCache.open(captured)
         loss = distillation_loss(examples, weights=weights, cache=cache, alpha=plan.alpha)
         state = stage.folder / "train.state"
         model, result = trained(
@@ -278,11 +296,15 @@ def _distil(
     return path, _told(told, stage)
 
 
-def _export(out: Path, *, corrected: Path, student: Path, plan: Plan, lineage: dict[str, Any], told: Progress) -> None:
+def _export(
+    task: Task, records: Sequence[Record], out: Path, *, corrected: Path, student: Path, plan: Plan, lineage: dict[str, Any], told: Progress
+) -> None:
     began = time.monotonic()
     staging = out.with_name(out.name + ".part")
     shutil.rmtree(staging, ignore_errors=True)
-    student_float, student_file = export(Checkpoint.read(student), staging, name="student", kind=plan.kind)
+    made_of = Checkpoint.read(student)
+    spared = None if plan.kind in PLAIN_KINDS else importance(made_of, _calibration(task, records, student)[:ENOUGH])
+    student_float, student_file = export(made_of, staging, name="student", kind=plan.kind, importance=spared)
     told("export", 0.5, plan.kind)
     teacher_float, teacher_file = export(Checkpoint.read(corrected), staging, name="teacher", kind=plan.teacher_kind)
     teacher_float.unlink()
@@ -291,6 +313,7 @@ def _export(out: Path, *, corrected: Path, student: Path, plan: Plan, lineage: d
     made = (teacher_file, student_file, student_float, start)
     files = {path.name: {"digest": digest_file(path), "bytes": path.stat().st_size} for path in made}
     lineage["export"] = {"seconds": round(time.monotonic() - began, 1), "student": plan.kind, "teacher": plan.teacher_kind, "files": files}
+    lineage["export"]["stored"] = msgspec.to_builtins(stored(student_file, plan.kind))
     write_atomically(staging / "lineage.json", msgspec.json.format(msgspec.json.encode(lineage)))
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "lineage.json"):  # the description last
@@ -303,12 +326,6 @@ def _within(recipe: Recipe, seconds: float, accumulate: int) -> Recipe:
     """The recipe with the budget's seconds, unless it has a limit of its own, and the plan's batches a step."""
     limited = recipe.seconds or recipe.epochs or recipe.steps
     return msgspec.structs.replace(recipe, seconds=recipe.seconds if limited else seconds, accumulate=recipe.accumulate * accumulate)
-
-
-def _header(checkpoint: Checkpoint) -> CacheHeader:
-    vocabulary = checkpoint.vocabulary
-    tokens = digest_value(vocabulary.tokens)
-    return CacheHeader(teacher=checkpoint.digest, tokenizer=tokens, k=min(TOP_K, len(vocabulary.tokens)), vocabulary=len(vocabulary.tokens))
 
 
 def _texts(task: Task, records: Sequence[Record]) -> list[str]:

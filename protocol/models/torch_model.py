@@ -87,7 +87,7 @@ def to_torch(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> G
     with torch.no_grad():
         for name in checkpoint.tensors:
             numbers = checkpoint.array(name)
-            parameters[torch_name(name)].copy_(torch.from_numpy(numbers - 1.0 if "norm" in name else numbers))
+            parameters[torch_name(name)].copy_(torch.from_numpy(numbers - 1.0 if "norm" in name else np.require(numbers, requirements="W")))
     return model.to(dtype).eval().requires_grad_(False)
 
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import gguf
 import msgspec
 import pytest
 import torch
@@ -15,7 +17,7 @@ from protocol.errors import BadInput, MilpaError, NotEnough
 from protocol.models.checkpoint import Checkpoint
 from protocol.models.tokenizer import Tokenizer
 from protocol.tasks import RANCH, Record
-from tests.tiny import tiny_gguf
+from tests.tiny import tiny_checkpoint, tiny_gguf
 
 pytestmark = [pytest.mark.torch, pytest.mark.llama]
 
@@ -30,10 +32,12 @@ def base(tmp_path: Path) -> Path:
     return tiny_gguf(tmp_path / "base.gguf", layers=3)
 
 
-def make(base: Path, records: list[Record], folder: Path, *, seed: int = 0, blocks: int = 2) -> tuple[Forged, list[str]]:
+def make(
+    base: Path, records: list[Record], folder: Path, *, seed: int = 0, blocks: int = 2, ternary: bool = False, **more: Any
+) -> tuple[Forged, list[str]]:
     plan = Plan(
         budget=Budget.named("10"), seed=seed, blocks=blocks, threads=1, correct=Recipe(learning_rate=5e-3, steps=6),
-        student=Recipe(mode="full", learning_rate=3e-3, steps=6),
+        student=Recipe(mode="full", learning_rate=3e-3, steps=6, ternary=ternary), **more,
     )  # fmt: skip
     worked: list[str] = []
     made = forge(
@@ -57,6 +61,22 @@ def test_a_teacher_and_a_smaller_student_come_out_and_the_second_run_computes_no
     assert msgspec.json.decode((tmp_path / "out" / "lineage.json").read_bytes())["licence"]["name"] == "not stated"
     with Tokenizer(made.student) as small, Tokenizer(made.teacher) as large:
         assert small.encode("soil low", bos=True) == large.encode("soil low", bos=True)
+
+
+@pytest.mark.parametrize(("kind", "ternary", "stored"), [("Q4_K_M", False, "Q4_K"), ("TQ2_0", True, "TQ2_0")])
+def test_a_preset_is_cut_in_depth_and_width_and_its_rows_fit_the_small_types(
+    records: Callable[[int], list[Record]], tmp_path: Path, kind: str, ternary: bool, stored: str
+) -> None:
+    wide = tmp_path / "wide.gguf"
+    tiny_checkpoint(layers=5, hidden=512, heads=2, feed_forward=1024).write(wide)
+
+    made, _ = make(wide, records(12), tmp_path, preset="nano", kind=kind, ternary=ternary)
+
+    student = Checkpoint.read(made.student)
+    assert (student.blocks, student.hidden) == (4, 256)
+    assert student.tensors["blk.0.ffn_gate.weight"].kind == gguf.GGMLQuantizationType[stored]
+    assert made.lineage["cut"]["preset"] == "nano"
+    assert not any(one["fell_back"] for one in made.lineage["export"]["stored"])
 
 
 def test_other_blocks_reuse_the_teacher_and_another_seed_does_not(
