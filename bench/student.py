@@ -1,0 +1,23 @@
+"""The untrained `small` student that size and speed are measured on: neither depends on what its weights have learned."""
+
+from pathlib import Path
+
+from bench.settings import TRANSLATION, Settings
+from coordinator.forge.students.cut import Preset, cut_student, evenly, preset
+from protocol.models.checkpoint import Checkpoint
+from protocol.models.tokenizer import Tokenizer, make_example
+
+CALIBRATED_ON = 16  # examples
+QUICK = Preset("quick", blocks=2, hidden=32, feed_forward=64, heads=1)
+
+
+def small(settings: Settings) -> Path:
+    """The student's F16 file, made once for all measures."""
+    path = settings.folder("shared") / "small-f16.gguf"
+    if not path.is_file():
+        teacher, wanted = settings.trimmed(), QUICK if settings.quick else preset("small")
+        checkpoint = Checkpoint.read(teacher)
+        with Tokenizer(teacher) as tokenizer:
+            examples = [make_example(tokenizer, TRANSLATION, record) for record in settings.pairs("dev", CALIBRATED_ON)]
+        cut_student(checkpoint, wanted, examples, blocks=evenly(checkpoint.blocks, wanted.blocks))[0].write(path)
+    return path

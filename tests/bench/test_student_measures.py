@@ -1,0 +1,64 @@
+"""The measures of students run from end to end on tiny models; their figures mean nothing there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import forge, forge_decode, forge_size_mb, forge_trim
+from bench.crossover import Crossover
+from bench.cut import Table
+from bench.settings import Settings
+from bench.speed import decode_speed
+from protocol.errors import NotEnough
+from protocol.models.engine import Engine
+
+pytestmark = [pytest.mark.torch, pytest.mark.llama, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    torch.set_num_threads(1)
+    return Settings(tmp_path / "no-data", tmp_path / "work", quick=True)
+
+
+def test_decoding_is_measured_against_the_teachers_file(settings: Settings) -> None:
+    entry = forge.judged("decode", forge_decode.measure(settings))["decode"]
+
+    assert entry["figure"] > 0
+    assert entry["megabytes"]["student"] < entry["megabytes"]["teacher"]
+
+
+def test_file_and_memory_are_measured(settings: Settings) -> None:
+    entries = forge.judged("size_mb", forge_size_mb.measure(settings))
+
+    assert list(entries) == ["size_mb", "size_mb_3"]  # ternary rows are multiples of 256, and a tiny model's are not
+    assert entries["size_mb"]["figure"] < 1 < entries["size_mb_3"]["figure"]
+
+
+def test_trimming_is_measured_by_size_speed_and_coverage(settings: Settings) -> None:
+    entries = forge.judged("trim", forge_trim.measure(settings))
+
+    assert list(entries) == ["trim", "trim_2", "trim_3"]
+    assert entries["trim"]["figure"] > 1
+    assert 0 < entries["trim_3"]["figure"] <= 1
+
+
+def test_an_engine_that_says_nothing_has_no_speed(settings: Settings) -> None:
+    with Engine(settings.base()) as engine, pytest.raises(NotEnough, match="silent wrote 0 tokens"):
+        decode_speed({"silent": engine}, [], turns=1)
+
+
+def test_scratch_and_cut_are_trained_at_each_budget_until_one_is_ahead(settings: Settings) -> None:
+    found = Crossover(settings, settings.trimmed(), "tiny").measured([0.2, 0.4], limit_s=60.0)
+
+    assert found["budgets"][0]["seconds"] == 0.2
+    assert all(row[kind]["steps"] > 0 for row in found["budgets"] for kind in ("cut", "scratch"))
+    assert (found["crossover_s"] is None) != (found["beyond_s"] is None)
+
+
+def test_every_way_of_cutting_is_in_the_table(settings: Settings) -> None:
+    table = Table(settings, settings.trimmed(), examples=4, calibration=8).figures()
+
+    assert {"teacher", "2 blocks, by loss", "32 of 64 channels, first", "small, random"} <= set(table)
+    assert all(row["nats"] > 0 for row in table.values())
