@@ -1,0 +1,42 @@
+"""Ranch: how much of the corrected teacher's verdicts, and of its sentences' chrF, the student's GGUF keeps; the baselines beside it."""
+
+from typing import Any
+
+from bench.kept import answered, distilled, share
+from bench.settings import Settings
+from coordinator.forge.judging.evaluation import Evaluation
+from coordinator.ranch import generate, site_named
+from coordinator.ranch.baselines import baselines
+from protocol.tasks import RANCH, Record
+
+CPU_S = 2 * 3600.0
+TRAIN, TEST = 24_000, 2_000
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    train, test = records(settings, "train", 60 if settings.quick else TRAIN), records(settings, "test", 24 if settings.quick else TEST)
+    made = distilled(settings, "ranch_kept", RANCH, train, cpu_s=CPU_S)
+    teacher = answered(settings, "ranch_kept", "teacher", made.teacher, test, RANCH)
+    student = answered(settings, "ranch_kept", "student", made.student, test, RANCH)
+    against = {
+        "corrected teacher": brief(teacher),
+        "student": brief(student),
+        **settings.kept("ranch_kept", "baselines", lambda: baselines(train, test, seed=settings.seed)),
+    }
+    about = {"against": against, "training": made.lineage["distil"]["training"], "cpu_s": CPU_S}
+    return {
+        "ranch_kept": share(Evaluation.quality, teacher, student, seed=settings.seed) | about,
+        "ranch_kept_2": share(chrf, teacher, student, seed=settings.seed) | about,
+    }
+
+
+def records(settings: Settings, split: str, count: int) -> list[Record]:
+    return generate(site_named("general"), seed=settings.seed, count=count, split=split)
+
+
+def chrf(evaluation: Evaluation) -> list[float]:
+    return [answer.chrf for answer in evaluation.answers]
+
+
+def brief(evaluation: Evaluation) -> dict[str, Any]:
+    return {key: value for key, value in evaluation.figures().items() if key in ("accuracy", "accuracy_ci", "chrf", "chrf_ci", "file_mb")}

@@ -1,0 +1,78 @@
+"""Translation: the `small` student against Apertium and its own teacher, on Tatoeba's test and out of domain on NTREX-MX.
+
+Six CPU-hours of training at most, over as many runs as it takes. chrF above Apertium is of the corpus; shares of the teacher are of mean
+sentence chrF, with the paired interval.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from bench.kept import answered, distilled, share
+from bench.settings import TRANSLATION, Settings
+from coordinator.forge.judging.evaluation import Evaluation, evaluate_texts, few_shot, paired_bootstrap
+from coordinator.forge.judging.peers import apertium
+from coordinator.forge.pairs import read_pairs
+from coordinator.forge.teachers.gguf import GgufTeacher
+from protocol.tasks import Record
+
+CPU_S = 6 * 3600.0
+SHOTS = 5
+KEY = "tatoeba"
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    train = settings.pairs("train")
+    made = distilled(settings, KEY, TRANSLATION, train, cpu_s=CPU_S, preset="small", kind="Q4_K_M")
+    found: dict[str, Any] = {}
+    for number, (name, test) in enumerate({"tatoeba": settings.pairs("test"), "ntrex": ntrex(settings)}.items()):
+        teacher = answered(settings, KEY, f"{name}-teacher", made.teacher, test, TRANSLATION)
+        student = answered(settings, KEY, f"{name}-student", made.student, test, TRANSLATION)
+        peer = text(settings, f"{name}-apertium", test, lambda records: list(apertium(records, TRANSLATION).texts))
+        shown = text(settings, f"{name}-few-shot", test, lambda records: few(settings, records))
+        systems = {"apertium": peer, "teacher few-shot": shown, "teacher corrected": teacher, "student": student}
+        about = {
+            "against": {key: brief(one) for key, one in systems.items()},
+            "student_minus": {
+                key: paired_bootstrap(one, student, seed=settings.seed) for key, one in systems.items() if one is not student
+            },
+            "cpu_s": CPU_S,
+            "training": made.lineage["distil"]["training"],
+        }
+        if number == 0:
+            gain = student.figures()["chrf"] - peer.figures()["chrf"]
+            found["tatoeba"] = {"figure": gain, "n": len(test)} | about
+        found[f"tatoeba_{number + 2}"] = share(Evaluation.quality, teacher, student, seed=settings.seed) | about
+    return found
+
+
+def ntrex(settings: Settings) -> list[Record]:
+    if settings.quick:
+        return settings.pairs("test", 8)
+    return read_pairs(settings.data / "ntrex-en-es" / "first-997-mx.tsv", TRANSLATION)
+
+
+def text(settings: Settings, name: str, test: Sequence[Record], ask: Any) -> Evaluation:
+    made = settings.kept(KEY, name, lambda: evaluate_texts(ask(test), test, TRANSLATION, name=name))
+    return msgspec.convert(made, Evaluation)
+
+
+def few(settings: Settings, records: Sequence[Record]) -> list[str]:
+    """The uncorrected teacher with examples shown; its vocabulary is the corrected one's, trimmed."""
+    base = next((settings.folder(KEY) / "stages").glob("trim-*/trimmed.gguf"))
+    shots = few_shot(TRANSLATION, settings.pairs("dev", SHOTS))
+    with GgufTeacher(base) as teacher:
+        said = teacher.generate(
+            [shots.prompt(record) for record in records],
+            n=1,
+            temperature=0.0,
+            seed=settings.seed,
+            max_new_tokens=TRANSLATION.max_new_tokens,
+        )
+    return [one[0].text.strip() for one in said]
+
+
+def brief(evaluation: Evaluation) -> dict[str, Any]:
+    keys = ("bleu", "bleu_ci", "chrf", "chrf_ci", "bleu_signature", "chrf_signature", "file_mb", "tokens_per_second", "peak_rss_mb")
+    return {key: value for key, value in evaluation.figures().items() if key in keys}

@@ -1,0 +1,63 @@
+"""What a student keeps of its corrected teacher: distilled by the pipeline itself, then both files answer the same held-out records.
+
+Training is bought in CPU-seconds (`threads` of them a second); a killed run goes on where it was, its earlier seconds counted.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench.settings import Settings
+from coordinator.forge.judging.evaluation import Evaluation, evaluate
+from coordinator.forge.judging.metrics import paired_ratio
+from coordinator.forge.pipeline import Budget, Forged, Plan, forge
+from coordinator.forge.training.recipe import Recipe
+from protocol.tasks import Record, Task
+
+LEAST_S = 10.0  # the smallest budget there is
+
+
+def distilled(settings: Settings, key: str, task: Task, records: Sequence[Record], *, cpu_s: float, **plan: Any) -> Forged:
+    """Teacher and student of `cpu_s` CPU-seconds of training, made once."""
+    if settings.quick:
+        few = Recipe(mode="full", learning_rate=3e-3, steps=4)
+        plan = {"blocks": 2, "kind": "Q8_0", "correct": few, "student": few}
+    budget = Budget.named(str(LEAST_S if settings.quick else round(cpu_s / settings.threads)))
+    folder = settings.folder(key)
+    return forge(
+        task,
+        records,
+        work=folder / "stages",
+        out=folder / "model",
+        plan=Plan(budget=budget, seed=settings.seed, threads=settings.threads, **plan),
+        base=settings.base() if settings.quick else None,
+        progress=_told(key),
+    )
+
+
+def answered(settings: Settings, key: str, name: str, model: Path, records: Sequence[Record], task: Task) -> Evaluation:
+    """The file's answers, judged, and kept."""
+    made = settings.kept(key, name, lambda: evaluate(model, records, task, threads=settings.threads))
+    return msgspec.convert(made, Evaluation)
+
+
+def share(values: Callable[[Evaluation], Sequence[float]], teacher: Evaluation, student: Evaluation, *, seed: int) -> dict[str, Any]:
+    """The share of the teacher's mean that the student has, with the paired interval; a figure of None where the teacher has nothing."""
+    found = paired_ratio(values(teacher), values(student), seed=seed)
+    if found is None:
+        return {"figure": None, "n": len(teacher.answers), "why": "the teacher's mean is too near 0 for a ratio"}
+    return {"figure": found["ratio"], "interval": [found["low"], found["high"]], "n": int(found["n"])}
+
+
+def _told(key: str) -> Callable[[str, float, str], None]:
+    shown: dict[str, int] = {}
+
+    def told(stage: str, part: float, words: str) -> None:
+        tenth = int(10 * part)
+        if shown.get(stage) != tenth:
+            shown[stage] = tenth
+            print(f"{key}: {stage} {part:.0%} {words}", flush=True)
+
+    return told
