@@ -1,0 +1,218 @@
+"""`milpa-coordinator synthesise`: new training targets from a teacher, gated, scored, audited."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from protocol.console import print_json, progress_bar, stderr
+from protocol.errors import BadInput
+
+if TYPE_CHECKING:
+    from coordinator.forge.synthesis.scoring import Back
+    from coordinator.forge.teachers import Teacher
+    from protocol.models.tokenizer import Tokenizer
+    from protocol.tasks import Record, Task
+
+
+def synthesise(
+    teacher: str = typer.Option(
+        ..., help="MODEL.gguf, hf:FOLDER, http://HOST:PORT/v1#MODEL, 'command:PROGRAM ARGUMENTS' or file:PAIRS.tsv."
+    ),
+    out: Path = typer.Option(..., help="File of rows, one a source; running the command again goes on with it."),
+    pairs: Path | None = typer.Option(None, help="Sources: UTF-8, SOURCE<tab>TARGET, one a line; the target is the reference."),
+    source: str = typer.Option("English", help="With --pairs: language of the first column."),
+    target: str = typer.Option("Spanish", help="With --pairs: language of the second column."),
+    task: str | None = typer.Option(None, help="With --records: the task, such as 'ranch'."),
+    records: Path | None = typer.Option(None, help="Sources as records, one JSON object a line; the answers may be empty."),
+    limit: int | None = typer.Option(None, min=1, help="Only the first so many records."),
+    samples: int = typer.Option(
+        6, min=1, max=128, help="Samples of a source at most; all get 2, the rest where it pays. 1: the greedy answer."
+    ),
+    keep: int = typer.Option(3, min=1, max=128, help="Texts kept of a source, the best first."),
+    temperature: float = typer.Option(0.7, help="Of the samples."),
+    back: str | None = typer.Option(None, help="Translator the other way round, as --teacher names one: scores by round trip too."),
+    vocabulary: Path | None = typer.Option(None, help="A GGUF with the teacher's vocabulary, where the teacher is not itself a GGUF."),
+    shard: str = typer.Option(
+        "0/1", help="Which worker this is: I/N shares the sources out over N workers, each with an --out of its own."
+    ),
+    targets: Path | None = typer.Option(None, help="Also write what was kept as records that `distill --records` reads."),
+    generic: Path | None = typer.Option(None, help="With --targets: pairs or records (*.jsonl) with answers, mixed in against forgetting."),
+    generic_share: float = typer.Option(0.3, "--generic-share", help="With --generic: their share of all."),
+    audit: str | None = typer.Option(None, help="A second teacher that audits a sample; writes OUT with the ending .audit.json."),
+    audit_sample: int = typer.Option(200, "--audit-sample", min=2, help="With --audit: targets audited."),
+    seconds: float | None = typer.Option(None, min=1.0, help="Stop after so long; the same command goes on."),
+    seed: int = typer.Option(0, help="Of everything random."),
+    threads: int = typer.Option(2, min=1, max=256, help="Processor threads of a teacher that runs here."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object to stdout and nothing else there."),
+) -> None:
+    """Let a teacher answer sources several times, and keep the answers that pass every gate, the most consistent first.
+
+    Every source becomes one row of --out: what was kept with its score and the signals behind it, what was refused with the reason.
+    Killed at any moment it loses and doubles nothing; the same command goes on.
+
+    Examples:
+
+        milpa-coordinator synthesise --teacher teacher.gguf --pairs train.tsv --out rows.jsonl --targets targets.jsonl
+
+        milpa-coordinator synthesise --teacher t.gguf --pairs train.tsv --back 'command:apertium -u spa-eng' --shard 0/4 --out 0.jsonl
+
+        milpa-coordinator synthesise --teacher teacher.gguf --task ranch --records new.jsonl --audit other.gguf --out rows.jsonl --json
+    """
+    from coordinator.forge.sharing import Worker
+    from coordinator.forge.synthesis import sampling
+    from coordinator.forge.synthesis.language import identify
+    from coordinator.forge.synthesis.rows import RowLog
+    from coordinator.forge.synthesis.scoring import Judge
+    from coordinator.forge.teachers import open_teacher
+
+    if generic is not None and targets is None:
+        raise BadInput("--generic needs --targets FILE: that is the file they are mixed into")
+    plan = sampling.Plan(samples=samples, temperature=temperature, keep=min(keep, samples), seed=seed).checked()
+    worker = Worker.named(shard)
+    wanted, found = sources(pairs, source, target, task, records, limit)
+    with contextlib.ExitStack() as stack:
+        asked = stack.enter_context(contextlib.closing(open_teacher(teacher, threads=threads, vocabulary=vocabulary)))
+        text = tokenizer_of(stack, asked, teacher, vocabulary)
+        judge = Judge(
+            log_probs=asked.log_probs if text else None, text=text, back=way_back(stack, wanted, back, threads=threads) if back else None
+        )
+        signals = [name for name, known in (("log_prob", text is not None), ("round_trip", back is not None)) if known]
+        log = stack.enter_context(RowLog(out, sampling.plan_of(asked, wanted, plan, worker=worker, signals=signals)))
+        with progress_bar() as bar:
+            line = bar.add_task(f"asking {asked.name}", total=len(found))
+            made = sampling.synthesise(
+                asked, wanted, found, log, plan=plan, judge=judge, identify=identify, worker=worker, seconds=seconds,
+                progress=lambda done, total: bar.update(line, completed=done, total=total),
+            )  # fmt: skip
+    figures: dict[str, Any] = {"rows": str(out), "teacher": asked.name, "teacher_digest": asked.digest, "open": asked.open} | to_plain(made)
+    if targets is not None:
+        figures["targets"] = write_targets(targets, wanted, out, generic=generic, share=generic_share, seed=seed)
+    if audit is not None:
+        figures["audit"] = write_audit(audit, wanted, out, vocabulary=vocabulary, sample=audit_sample, seed=seed, threads=threads)
+    if as_json:
+        print_json(figures)
+    else:
+        show(figures)
+
+
+def sources(
+    pairs: Path | None, source: str, target: str, task: str | None, records: Path | None, limit: int | None
+) -> tuple["Task", list["Record"]]:
+    """The task and its records, from either kind of file.
+
+    Raises:
+        BadInput: neither file, both, or a line that is broken.
+    """
+    from coordinator.forge.pairs import read_pairs, read_records
+    from protocol.tasks import task_named, translation
+
+    if pairs is not None and records is None:
+        wanted = translation(source, target)
+        return wanted, read_pairs(pairs, wanted, limit=limit)
+    if records is None or task is None or pairs is not None:
+        raise BadInput("say what to answer: either --pairs FILE.tsv or --task NAME --records FILE.jsonl")
+    wanted = task_named(task)
+    return wanted, read_records(records, wanted, limit=limit)
+
+
+def tokenizer_of(stack: contextlib.ExitStack, teacher: "Teacher", spec: str, vocabulary: Path | None) -> "Tokenizer | None":
+    """The tokeniser of an open teacher: its own file's, or the one given; None where there is none, and scores go without log p(end).
+
+    Raises:
+        BadInput: the vocabulary given is not the teacher's.
+    """
+    from protocol.models.tokenizer import Tokenizer
+
+    file = vocabulary or (Path(spec.removeprefix("hf:")) if spec.endswith(".gguf") else None)
+    if not teacher.open or file is None:
+        return None
+    text = stack.enter_context(Tokenizer(file))
+    if text.digest != teacher.tokenizer:
+        raise BadInput(f"{file} has another vocabulary than the teacher {teacher.name}; leave --vocabulary out or name the right file")
+    return text
+
+
+def way_back(stack: contextlib.ExitStack, task: "Task", spec: str, *, threads: int) -> "Back":
+    """A translator from the task's target language to its source language.
+
+    Raises:
+        BadInput: the task is no translation.
+    """
+    from coordinator.forge.teachers import asked, open_teacher
+    from protocol.tasks import Record, translation
+
+    parts = task.name.split("-")
+    if task.kind != "text" or len(parts) != 3:
+        raise BadInput(f"--back needs a translation task; {task.name!r} has no way back")
+    turned = translation(parts[2].capitalize(), parts[1].capitalize())
+    teacher = stack.enter_context(contextlib.closing(open_teacher(spec, threads=threads)))
+
+    def back(texts: Sequence[str]) -> list[str]:
+        prompts = asked(teacher, turned, [Record(id="back", task=turned.name, source=text) for text in texts])
+        said = teacher.generate(prompts, n=1, temperature=0.0, seed=0, max_new_tokens=turned.max_new_tokens + 1)
+        return [turned.parse(answers[0].text).text if answers else "" for answers in said]
+
+    return back
+
+
+def write_targets(file: Path, task: "Task", rows: Path, *, generic: Path | None, share: float, seed: int) -> dict[str, Any]:
+    """Write the kept texts, and generic records among them, as records; the file is whole or not there."""
+    import msgspec
+
+    from coordinator.forge.pairs import read_pairs, read_records
+    from coordinator.forge.synthesis.mixing import mixed, training_records
+    from coordinator.forge.synthesis.rows import read_rows
+    from protocol.blobs import write_atomically
+
+    kept = training_records(task, read_rows(rows))
+    others = [] if generic is None else (read_records if generic.suffix == ".jsonl" else read_pairs)(generic, task)
+    found = mixed(kept, others, share=share if others else 0.0, seed=seed)
+    write_atomically(file, b"".join(msgspec.json.encode(record) + b"\n" for record in found))
+    return {"file": str(file), "records": len(found), "generic": (len(found) - len(kept)) / max(1, len(found))}
+
+
+def write_audit(spec: str, task: "Task", rows: Path, *, vocabulary: Path | None, sample: int, seed: int, threads: int) -> dict[str, Any]:
+    """Audit the kept texts; every verdict goes into a file, the figures are returned."""
+    import msgspec
+
+    from coordinator.forge.synthesis.audit import audit
+    from coordinator.forge.synthesis.rows import read_rows
+    from coordinator.forge.teachers import open_teacher
+    from protocol.blobs import write_atomically
+
+    with contextlib.ExitStack() as stack:
+        second = stack.enter_context(contextlib.closing(open_teacher(spec, threads=threads)))
+        text = tokenizer_of(stack, second, spec, None if spec.endswith(".gguf") else vocabulary)
+        found = audit(second, task, read_rows(rows), text=text, sample=sample, seed=seed).plain()
+    file = rows.with_suffix(".audit.json")
+    write_atomically(file, msgspec.json.format(msgspec.json.encode(found)))
+    return {name: value for name, value in found.items() if name != "verdicts"} | {"file": str(file)}
+
+
+def to_plain(value: object) -> dict[str, Any]:
+    """A struct as JSON would have it."""
+    import msgspec
+
+    found: dict[str, Any] = msgspec.to_builtins(value)
+    return found
+
+
+def show(figures: dict[str, Any]) -> None:
+    """A few lines for people."""
+    refused = ", ".join(f"{gate} {count}" for gate, count in figures["refused"].items()) or "none"
+    lines = [
+        f"{figures['kept']} of {figures['sources']} sources have a target, {figures['texts']} texts in all; {figures['left']} sources left",
+        f"{figures['samples']} samples asked for, {figures['saved']:.0%} saved where the first agreed; refused: {refused}",
+    ]
+    if "targets" in figures:
+        lines.append(f"{figures['targets']['file']}: {figures['targets']['records']} records, {figures['targets']['generic']:.0%} generic")
+    if "audit" in figures:
+        found = figures["audit"]
+        low, high = found["suspect_ci"]
+        lines.append(
+            f"{found['file']}: {found['teacher']} suspects {found['suspect']:.1%} of {found['audited']} targets ({low:.1%} to {high:.1%})"
+        )
+    stderr.print("\n".join(lines), markup=False, highlight=False)
