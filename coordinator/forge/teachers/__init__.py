@@ -31,6 +31,7 @@ from protocol.errors import BadInput, UnknownName
 from protocol.models.tokenizer import Example
 from protocol.tasks import Record, Task
 
+CONTEXT = 512  # tokens of a prompt and its answer; a few-shot prompt needs more
 SAMPLES_LIMIT = 128  # answers a prompt; more says little new and costs a day
 KEY_VARIABLE = "MILPA_TEACHER_KEY"  # environment: a server's API key; never in a command line, where others can read it
 
@@ -93,13 +94,14 @@ class Teacher(Protocol):
         ...
 
 
-def open_teacher(spec: str, *, threads: int = 1, vocabulary: Path | None = None) -> Teacher:
+def open_teacher(spec: str, *, threads: int = 1, context: int = CONTEXT, vocabulary: Path | None = None) -> Teacher:
     """The teacher that `spec` names.
 
     Args:
         spec: "MODEL.gguf" (llama.cpp), "hf:FOLDER" or "hf:MODEL.gguf" (transformers), "http://HOST:PORT/v1#MODEL" (a server),
             "command:PROGRAM ARGUMENTS" (texts in, texts out, blank lines between), "file:PAIRS.tsv".
         threads: for a model that runs here.
+        context: tokens of one prompt and its answer, for a GGUF under llama.cpp; more for few-shot prompts, memory grows with it.
         vocabulary: a GGUF with the student's vocabulary; a server that shows the same token ids is then open.
 
     Raises:
@@ -127,7 +129,7 @@ def open_teacher(spec: str, *, threads: int = 1, vocabulary: Path | None = None)
     if spec.endswith(".gguf"):
         from coordinator.forge.teachers.gguf import GgufTeacher
 
-        return GgufTeacher(Path(spec), threads=threads)
+        return GgufTeacher(Path(spec), threads=threads, context=context)
     raise UnknownName(
         f"no teacher is called {spec!r}: say MODEL.gguf, hf:FOLDER, http://HOST:PORT/v1#MODEL, command:PROGRAM ARGUMENTS or file:PAIRS.tsv"
     )

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from coordinator.forge.targets.cache import Targets
-from coordinator.forge.teachers import Said, check_request
+from coordinator.forge.teachers import CONTEXT, Said, check_request
 from coordinator.forge.teachers.sampling import check_examples, chosen_log_probs, likelihood_of, to_said, top_of
 from protocol.digests import digest_file
 from protocol.errors import BadInput, NotEnough, TooLarge, Unavailable
@@ -30,7 +30,6 @@ from protocol.models.tokenizer import Example, Tokenizer
 from protocol.models.torch_model import drawn, draws
 
 SLOTS = 16  # sequences side by side; what more gained is in docs/log.md
-CONTEXT = 512  # tokens of one sequence
 BATCH = 512  # tokens a call to llama.cpp
 LOGITS_BYTES = 64 << 20  # of one batch's logits: at 262k tokens of vocabulary, 64 positions
 COMMON = 16  # tokens; a shorter common beginning is not worth a copy

@@ -61,7 +61,7 @@ class ServerTeacher:
         url = _checked(address)
         self._deadline_s, self._attempts, self._at_once, self._pause = deadline_s, attempts, at_once, pause
         self._client = httpx.Client(
-            timeout=min(deadline_s, DEADLINE_S), headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=deadline_s, headers={"Authorization": f"Bearer {key}"} if key else {},
             limits=httpx.Limits(max_connections=at_once),
         )  # fmt: skip
         self._url = url.rstrip("/")
