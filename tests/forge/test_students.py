@@ -116,6 +116,11 @@ def test_a_student_wider_than_its_teacher_is_refused(tiny: Path, examples: list[
         cut_student(Checkpoint.read(tiny), Preset("wide", blocks=2, hidden=128, feed_forward=64, heads=1), examples)
 
 
+def test_heads_that_do_not_divide_the_width_are_refused(tiny: Path, examples: list[Example]) -> None:
+    with pytest.raises(BadInput, match="3 heads do not divide"):
+        cut_student(Checkpoint.read(tiny), Preset("odd", blocks=2, hidden=64, feed_forward=64, heads=3), examples, blocks=(0, 1))
+
+
 def test_a_cut_needs_examples_to_calibrate_on(tiny: Path) -> None:
     with pytest.raises(BadInput, match="needs examples"):
         cut_student(Checkpoint.read(tiny), HALF, [])

@@ -19,7 +19,7 @@ from protocol.errors import BadInput
 from protocol.models.checkpoint import GLOBAL_EVERY, Checkpoint
 from protocol.models.feed import collate, plan
 from protocol.models.tokenizer import Example
-from protocol.models.torch_model import embed, hidden_states, to_torch
+from protocol.models.torch_model import best_dtype, embed, hidden_states, to_torch
 from protocol.models.training import mean_loss
 from protocol.names import known
 
@@ -87,7 +87,7 @@ def cut_student(
         raise BadInput("cutting needs examples to calibrate on; it was given none")
     report: dict[str, Any] = {"preset": wanted.name, "of": checkpoint.blocks, "examples": len(examples)}
     if blocks is None:
-        blocks, losses = by_loss(to_torch(checkpoint), examples[:DEPTH_EXAMPLES], wanted.blocks)
+        blocks, losses = by_loss(to_torch(checkpoint, dtype=best_dtype()), examples[:DEPTH_EXAMPLES], wanted.blocks)
         report["losses"] = [round(loss, 3) for loss in losses]
     shallow = checkpoint.keep_blocks(blocks)
     found = calibrate(to_torch(shallow), examples)

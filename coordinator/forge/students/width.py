@@ -170,8 +170,10 @@ def choose(found: Calibration, widths: Widths, *, order: Order = "importance", s
     """The most important channels, neurons and heads; "random" and "first" ignore importance.
 
     Raises:
-        BadInput: more than there are, or none.
+        BadInput: more than there are, or none; or heads that do not divide the hidden width, which transformers refuses.
     """
+    if widths.heads > 0 and widths.hidden % widths.heads:
+        raise BadInput(f"{widths.heads} heads do not divide a hidden width of {widths.hidden}; keep a number of heads that does")
     random = np.random.default_rng(seed)
 
     def best(scores: NDArray[np.float64], count: int, what: str) -> Ids:
