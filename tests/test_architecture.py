@@ -44,6 +44,8 @@ PURE = (
     "protocol/names.py", "protocol/messages.py", "protocol/tasks.py", "protocol/releases.py", "protocol/adapters.py",
     "protocol/codec.py", "protocol/topics.py", "protocol/confidence.py", "coordinator/federation/merge.py",
     "coordinator/federation/admission.py", "coordinator/federation/gate.py", "coordinator/forge/synthesis/gates.py",
+    "coordinator/forge/judging/categories.py", "coordinator/forge/judging/metrics.py", "coordinator/forge/judging/regressions.py",
+    "coordinator/forge/judging/claims.py", "coordinator/forge/judging/economics.py",
     "node/escalation/consensus.py",
 )  # fmt: skip
 IMPURE_MODULES = {"time", "os", "socket", "random", "subprocess", "threading", "requests", "httpx", "pathlib", "sqlite3", "sqlalchemy"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from coordinator.commands.evaluate import evaluate
+from coordinator.commands.evaluate import evaluate, named, repeat_line
+from coordinator.forge.judging import schema
 from protocol.errors import BadInput, MalformedMessage, UnknownName
-from tests.evaluation.conftest import ranch_records
+from tests.evaluation.conftest import SPANISH, ranch_records
 from tests.evaluation.test_evaluation import CONTRACT
+from tests.tiny import tiny_gguf
 
 PairsFile = Callable[..., Path]
 PAIRS = "The cat sat on a mat.\tEl gato.\nThe pump is dry.\tLa bomba es seca.\nA {brace}.\tUna {llave}.\n"
@@ -152,3 +155,75 @@ def test_what_does_not_fit_together_is_told_before_the_long_work(arguments: tupl
 
     assert isinstance(error, BadInput)
     assert told in str(error)
+
+
+@pytest.mark.llama
+def test_other_models_and_held_out_sets_are_judged_beside_the_model(tiny: Path, pairs_file: PairsFile, tmp_path: Path) -> None:
+    own, news = pairs_file(PAIRS, "own.tsv"), pairs_file("No water in 3 tanks.\tNo hay agua en 3 tanques.\n", "news.tsv")
+    other = tiny_gguf(tmp_path / "other.gguf", seed=3)
+    evidence, page = tmp_path / "evidence.json", tmp_path / "evidence.html"
+
+    out, error = run(
+        "--model", tiny, "--against", f"teacher={other}", "--pairs", own, "--pairs", f"news={news}", "--evidence", evidence,
+        "--report", page, "--watts", 3, "--json",
+    )  # fmt: skip
+
+    found, proof = json.loads(out), schema.check(json.loads(evidence.read_bytes()))
+    assert error is None
+    assert set(found) >= CONTRACT - {"accuracy", "accuracy_ci"}  # the old keys stay, of the first set
+    assert (found["n"], found["sets"]["own"]["models"]["student"]["chrf"]) == (3, found["chrf"])
+    assert list(proof.sets) == ["own", "news"]
+    assert all(set(each.models) == {"student", "teacher"} for each in proof.sets.values())
+    assert proof.sets["own"].models["teacher"]["model_digest"] != found["model_digest"]
+    assert "numbers" in {row.category for row in proof.sets["news"].categories}
+    assert found["economics"]["power"]["watts_per_core"] == 3.0
+    assert found["cpu_seconds_per_1000"] > 0
+    assert proof.command.startswith(f"milpa-coordinator evaluate --model {tiny} --source English --target Spanish --pairs own={own}")
+    assert f"--against teacher={other}" in proof.command
+    assert "Category by category" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.llama
+def test_the_command_in_the_evidence_repeats_it(tiny: Path, pairs_file: PairsFile) -> None:
+    out, _ = run("--model", tiny, "--pairs", f"own={pairs_file(PAIRS)}", "--categories", "--seed", 5, "--json")
+    command = repeat_line(
+        tiny, None, {"own": pairs_file(PAIRS)}, {}, SPANISH, "English", "Spanish", None, 0, None, None, None, None, 5
+    )  # fmt: skip
+
+    again, error = run(*shlex.split(command)[2:])
+
+    first, second = json.loads(out), json.loads(again)
+    assert error is None
+    assert first["sets"]["own"]["categories"] == second["sets"]["own"]["categories"]
+    assert [first[key] for key in ("chrf", "chrf_ci", "bleu")] == [second[key] for key in ("chrf", "chrf_ci", "bleu")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--pairs", "{pairs}", "--pairs", "{pairs}"), "every one needs a name of its own"),
+        (("--pairs", "a={pairs}", "--pairs", "a={pairs}"), "every one needs a name of its own"),
+        (("--pairs", "{pairs}", "--against", "teacher=/nowhere/t.gguf"), "--against teacher: there is no file /nowhere/t.gguf"),
+        (("--pairs", "{pairs}", "--against", "previous={pairs}+/nowhere/a.gguf"), "there is no file /nowhere/a.gguf"),
+        (("--pairs", "{pairs}", "--against", "student={pairs}"), "is what --model is called"),
+        (("--pairs", "{pairs}", "--report", "/nowhere/e.html"), "--report /nowhere/e.html: there is no folder"),
+        (("--pairs", "{pairs}", "--evidence", "/nowhere/e.json"), "--evidence /nowhere/e.json: there is no folder"),
+        (("--pairs", "{pairs}", "--watts", "0"), "give the watts of one busy core"),
+        (("--pairs", "{pairs}", "--train", "{pairs}"), "--train is for verdict tasks"),
+        (("--pairs", "{pairs}", "--records", "{pairs}"), "give --pairs FILE.tsv, or"),
+    ],
+)
+def test_comparisons_that_do_not_fit_are_told_before_the_long_work(arguments: tuple[str, ...], told: str, pairs_file: PairsFile) -> None:
+    file = pairs_file(PAIRS)
+
+    _, error = run("--model", "m.gguf", *(argument.format(pairs=file) for argument in arguments))
+
+    assert isinstance(error, BadInput)
+    assert told in str(error)
+
+
+def test_a_file_with_an_equals_sign_in_its_name_is_a_file(tmp_path: Path) -> None:
+    odd = tmp_path / "a=b.tsv"
+    odd.write_text(PAIRS)
+
+    assert named([str(odd), "x=y.tsv"], "--pairs") == {"a=b": str(odd), "x": "y.tsv"}

@@ -1,11 +1,14 @@
 """A model file on records with known answers, through the engine that nodes use."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from coordinator.forge.judging import evaluation
-from coordinator.forge.judging.engine_process import peak_rss_mb
+from coordinator.forge.judging.engine_process import cpu_seconds, peak_rss_mb
 from coordinator.forge.judging.evaluation import evaluate, evaluate_texts, few_shot, paired_bootstrap
 from protocol.errors import BadInput, DoesNotFit, Unavailable
 from protocol.tasks import RANCH, Record
@@ -172,3 +175,43 @@ def test_a_silent_engine_is_given_up_and_stopped(tmp_path: Path, monkeypatch: py
 
     with pytest.raises(Unavailable, match="said nothing for 2 s"):
         evaluate(tmp_path / "m.gguf", ranch_records(3), RANCH, threads=1)
+
+
+def test_peak_memory_is_what_was_resident_and_not_what_was_reserved() -> None:
+    reserve = "import mmap; hole = mmap.mmap(-1, 1 << 31, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)"  # 2 GiB, never touched
+    touch = "block = bytearray(256 << 20); block[::4096] = b'x' * len(block[::4096]); del block"
+    code = f"{reserve}\n{touch}\nfrom coordinator.forge.judging.engine_process import peak_rss_mb; print(peak_rss_mb())"
+
+    peak = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout)
+
+    assert 256 < peak < 1024  # VmPeak would be over 2048, VmRSS without the block that is gone under 256
+
+
+def test_processor_time_grows_with_work_and_not_with_waiting() -> None:
+    started = cpu_seconds()
+    time.sleep(0.3)
+    waited = cpu_seconds() - started
+    while cpu_seconds() - started < 0.1:
+        sum(range(10_000))
+
+    assert waited < 0.1
+
+
+@pytest.mark.llama
+def test_an_answers_processor_time_is_its_own(tiny: Path) -> None:
+    found = evaluate(tiny, ranch_records(6), RANCH, threads=2)
+
+    assert all(0 <= answer.cpu_seconds <= answer.seconds + 0.1 for answer in found.answers)
+    assert found.figures()["cpu_seconds_per_1000"] == pytest.approx(1000 * sum(answer.cpu_seconds for answer in found.answers) / 6)
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_answer_is_to_its_own_records_prompt(tiny: Path, threads: int) -> None:
+    prompts = [f"window {'agua ' * place}" for place in range(7)]  # each of another length
+
+    _, answers, _ = evaluation.generate_all(tiny, prompts, max_new_tokens=2, threads=threads)
+
+    lengths = [answer.prompt_tokens for answer in answers]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) == 7
