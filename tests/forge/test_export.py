@@ -9,10 +9,12 @@ import torch
 
 from coordinator.forge.students.export import KINDS, Stored, export, stored
 from coordinator.forge.students.importance import importance
+from coordinator.forge.students.ternary import make_ternary, settle
 from protocol.errors import BadInput, NotEnough, UnknownName
+from protocol.models import lora
 from protocol.models.checkpoint import TERNARY_KINDS, Checkpoint, quantise
 from protocol.models.tokenizer import Example, Tokenizer, make_example
-from protocol.models.torch_model import embed, hidden_states, to_torch
+from protocol.models.torch_model import embed, from_torch, hidden_states, to_torch
 from protocol.tasks import RANCH, Record
 from tests.forge.test_parity import by_llama, by_torch, ids_of, kl
 from tests.tiny import tiny_checkpoint
@@ -67,6 +69,25 @@ def test_a_file_of_every_kind_computes_what_torch_computes(wide: Checkpoint, tmp
     packing, whole = TOLERANCES[kind]
     assert kl(by_torch(to_torch(Checkpoint.read(small)), ids), answered) < packing
     assert kl(by_torch(to_torch(wide), ids), answered) < whole
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K_M", "TQ2_0"])
+def test_an_adapter_does_the_same_on_a_packed_base(wide: Checkpoint, tmp_path: Path, kind: str) -> None:
+    assert wide.path
+    ids, model = ids_of(wide.path), to_torch(wide)
+    make_ternary(model)
+    settle(model)
+    _, base = export(from_torch(model, wide), tmp_path, name="student", kind=kind)
+    packed = to_torch(Checkpoint.read(base))
+    flat, header = lora.initial_adapter(Checkpoint.read(base), rank=4, alpha=8, seed=1)
+    flat = (0.05 * np.random.default_rng(0).standard_normal(flat.size)).astype(np.float32)
+    lora.write_adapter_gguf(tmp_path / "adapter.gguf", flat, header)
+    lora.attach(packed, flat, header)
+
+    answered = by_llama(base, ids, tmp_path / "adapter.gguf")
+
+    assert kl(by_llama(base, ids), answered) > 0.01
+    assert kl(by_torch(packed, ids), answered) < 1e-3
 
 
 def test_importance_is_the_mean_square_of_what_a_matrix_reads(wide: Checkpoint, examples: list[Example]) -> None:
