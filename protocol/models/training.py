@@ -259,6 +259,7 @@ class _Work:
         tokens = sum(len(one.prompt) + len(one.target) for one in feed.examples)
         self.keeps = self.first > 0 and tokens * model.config.hidden_size * model.dtype.itemsize <= KEPT_BYTES
         self.kept: dict[int, torch.Tensor] = {}  # example -> (T, hidden) below the lowest trained block
+        self.room = KEPT_BYTES  # left; a feed that grows may fill it
 
     def _stream(self, parameter: torch.nn.Parameter, master: torch.Tensor) -> torch.utils.hooks.RemovableHandle:
         """Add each gradient to its master's the moment it is there, while it is in the processor's cache, into memory that is kept.
@@ -299,12 +300,14 @@ class _Work:
             return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         with torch.set_grad_enabled(self.embedding_trained):
             x = hidden_states(self.model, embed(self.model, batch.ids), last=self.first)
-        if self.keeps:
+        if self.keeps and self.room > 0:
             ends = (
                 torch.zeros(len(batch.index), dtype=torch.long, device=self.device).scatter_reduce(0, batch.rows, batch.columns, "amax") + 1
             )
             for row, i in enumerate(batch.index):
-                self.kept[i] = x[row, : ends[row]].clone()
+                if i not in self.kept:
+                    self.kept[i] = x[row, : ends[row]].clone()
+                    self.room -= self.kept[i].nbytes
         return x
 
     def step(self, batches: Sequence[Batch], *, rate: float) -> float:
