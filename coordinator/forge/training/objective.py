@@ -73,6 +73,8 @@ class Objective:
     projection: torch.nn.Module | None = None  # (student's width -> teacher's), for hidden_*; train its parameters as well
     relations: Relations | None = None
     _divergences: dict[str, Divergence] = field(init=False, repr=False)
+    _positions: int = field(init=False, default=0, repr=False)
+    _spoken_for: int = field(init=False, default=0, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be computed before a long training begins.
@@ -93,6 +95,11 @@ class Objective:
             raise BadInput("a cache of mode hidden8 is read through the teacher's output matrix: pass head=read_head(TEACHER.gguf, header)")
         bound = {"skew_kl": partial(losses.skew_kl, skew=self.skew), "jsd": partial(losses.jsd, beta=self.beta)}
         self._divergences = {**DIVERGENCES, **bound}
+
+    @property
+    def coverage(self) -> float:
+        """Share of the positions so far that the cache spoke for; less than 1 where examples were cut or tokenised otherwise."""
+        return self._spoken_for / max(1, self._positions)
 
     def __call__(self, view: View, batch: Batch) -> torch.Tensor:
         """The loss of one step: a scalar, a weighted mean over positions."""
@@ -120,6 +127,7 @@ class Objective:
         q = F.log_softmax(logits.float(), dim=-1)
         each = losses.cross_entropy(q, targets)
         rows, found = self._spoken(examples)
+        self._positions, self._spoken_for = self._positions + len(each), self._spoken_for + len(rows)
         if not found:
             return each
         spoken = self._divergence(logits, q, rows, found)
@@ -156,15 +164,16 @@ class Objective:
             return total
         if temperature != 1.0:
             q = F.log_softmax(logits.float() / temperature, dim=-1)
+        some = rows if len(rows) < len(q) else None
         if isinstance(found[0], Samples):
-            return wanted["kl"] * losses.sampled_kl(q, *_samples(found), rows=rows)
+            return wanted["kl"] * losses.sampled_kl(q, *_samples(found), rows=some)
         if isinstance(found[0], Targets):
             ids, log_probs, tail = (torch.from_numpy(np.concatenate(part)) for part in zip(*found, strict=True))
-            p, q = losses.buckets(q, ids, log_probs, tail, rows)
+            p, q = losses.buckets(q, ids, log_probs, tail, some)
         else:
             assert self.head is not None
             p = F.log_softmax(_states(found) @ self.head.T / temperature, dim=-1)
-            q = q if len(rows) == len(q) else q[rows]
+            q = q if some is None else q[some]
         for name, weight in wanted.items():
             total = total + weight * self._divergences[name](p, q)
         return total
