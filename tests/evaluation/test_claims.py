@@ -41,6 +41,7 @@ def said(make: Callable[[], str]) -> str:
 @example(0.98999999999999, 0.98, 1.0, 10, 2)
 @example(1.0, 0.97, 1.03, 10, 1)
 @example(0.5, 0.6, 0.7, 10, 1)  # the estimate outside its own interval
+@example(1.7e308, 1.7e308, 1.7e308, 10, 1)
 def test_a_share_kept_is_never_more_than_its_interval(ratio: float, low: float, high: float, n: float, comparisons: int) -> None:
     sentence = said(lambda: claims.keeps({"ratio": ratio, "low": low, "high": high, "n": n}, "s", "accuracy", comparisons=comparisons))
 
@@ -91,6 +92,7 @@ def test_a_loss_is_named_only_where_the_corrected_test_and_the_interval_carry_it
 
 
 @given(figure, figure, figure, count)
+@example(1.7e308, 1.7e308, 1.7e308, 10)
 def test_a_share_of_cost_is_its_interval(ratio: float, low: float, high: float, n: float) -> None:
     sentence = said(lambda: claims.cost({"ratio": ratio, "low": low, "high": high, "n": n}, "s", assumption="x"))
 

@@ -156,7 +156,7 @@ def forest(rows: Sequence[Difference], *, unit: str, label: str) -> str:
         for text, row in zip(axes.get_yticklabels(), reversed(rows), strict=True):
             text.set_color(RED if row[4] else INK)
             text.set_fontweight("bold" if row[4] else "normal")
-        reach = max([abs(end) for row in rows for end in row[1:4]] + [1e-9])
+        reach = max([abs(end) for row in rows for end in row[1:4]] + [1.0])  # where nothing moved, a point
         axes.set_xlim(-1.08 * reach, 1.08 * reach)  # the same scale on both sides: a loss does not look smaller than a gain
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel(unit)
@@ -177,13 +177,13 @@ def pareto(rows: Sequence[Sized], *, unit: str, label: str, share: bool) -> str:
                 best = value
                 edge.append((size, scale * value))
         axes.plot([x for x, _ in edge], [y for _, y in edge], color=LINE, linewidth=1.2, zorder=0)
-        middle = (min(row[1] for row in rows) * max(row[1] for row in rows)) ** 0.5
+        largest = max(row[1] for row in rows)
         for name, size, value, interval, strong in rows:
             colour = ACCENT if strong else MUTED
             if interval:
                 axes.plot([size, size], [scale * interval[0], scale * interval[1]], color=colour, linewidth=1.0, alpha=0.7)
             axes.plot([size], [scale * value], "o", color=colour, markersize=6)
-            right = size <= middle
+            right = size <= largest / 2
             axes.annotate(
                 name, (size, scale * value), xytext=(7 if right else -7, 4), textcoords="offset points", ha="left" if right else "right",
                 color=INK if strong else MUTED, fontweight="bold" if strong else "normal",

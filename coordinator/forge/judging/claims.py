@@ -22,6 +22,7 @@ from protocol.errors import BadInput, NotEnough
 
 CLOSE = 0.03  # half-width of a ratio's interval that still carries "keeps X%"
 EDGE = 1e-9  # of a printed unit: what floating point may add to a figure that lies exactly on a printed one
+ABSURD = 1e9  # no share, difference or number of records is this large
 LABELS = {
     "nearest": "nearest neighbour on the text", "trees": "boosted trees on the figures",
     "trees_note": "boosted trees on figures and note", "previous": "the previous release", "untrained": "the untrained cut",
@@ -172,9 +173,9 @@ def _checked(value: float, low: float, high: float, n: float) -> tuple[float, fl
     """The figures, the interval widened to hold the value (a percentile interval of few records need not).
 
     Raises:
-        BadInput: not finite, upside down, or of no records.
+        BadInput: not finite (NaN fails every comparison), absurdly large, upside down, or of no records.
     """
-    if not all(math.isfinite(each) for each in (value, low, high, n)) or low > high or n < 1:
+    if not all(abs(each) < ABSURD for each in (value, low, high, n)) or low > high or n < 1:
         raise BadInput(f"{value} in [{low}, {high}] of {n} records is no result: no sentence is made from it")
     return value, min(low, value), max(high, value), int(n)
 

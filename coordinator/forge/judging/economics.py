@@ -40,7 +40,7 @@ def given(watts: float | None) -> PowerModel:
         BadInput: not a processor's power.
     """
     try:
-        return ASSUMED if watts is None else PowerModel(watts, f"{watts:g} W a busy core, as given by whoever ran it")
+        return ASSUMED if watts is None else PowerModel(watts, "as given by whoever ran it")
     except ValueError as error:
         raise BadInput(f"{error}; give the watts of one busy core, such as 6.75") from error
 

@@ -144,7 +144,7 @@ def _sizes_chart(name: str, found: Mapping[str, Any], key: str) -> str:
     sized: list[charts.Sized] = [
         (LABELS.get(which, which), model["file_mb"], model[key], model[f"{key}_ci"], which == "student")
         for which, model in found["models"].items()
-        if model.get("file_mb")
+        if model.get("file_mb") and which != evidence.UNTRAINED  # nobody would ship it
     ]
     unit = "verdicts right, %" if key == "accuracy" else "chrF"
     return charts.pareto(sized, unit=unit, label=f"{name}: size and quality", share=key == "accuracy") if len(sized) > 1 else ""
