@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import forge, forge_step, forge_with_capture
+from bench import forge, forge_step, forge_time_to_quality, forge_with_capture
 from bench.naive import padded
 from bench.settings import Settings
 from protocol.models.tokenizer import Example
@@ -41,3 +41,25 @@ def test_labels_of_the_baselines_are_the_target_alone() -> None:
     assert ids.tolist() == [[2, 5, 7, 1], [2, 1, 0, 0]]
     assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert labels.tolist() == [[-100, -100, 7, 1], [-100, 1, -100, -100]]
+
+
+def test_all_arms_of_time_to_quality_run_and_keep_their_curves(settings: Settings) -> None:
+    entries = forge.judged("time_to_quality", forge_time_to_quality.measure(settings))
+
+    assert list(entries) == ["time_to_quality", "time_to_quality_2"]
+    for entry in entries.values():
+        assert len(entry["against"]) == 4
+        assert all(len(arm["curve"]) >= 2 for arm in (entry["ours"], *entry["against"].values()))
+        assert all(arm["settings"]["steps"] > 0 for arm in entry["against"].values())
+
+
+def test_a_baseline_that_never_gets_there_counts_with_its_limit_and_says_so() -> None:
+    mine = {"curve": [(0.0, 0.1), (10.0, 0.5), (20.0, 0.4)]}
+
+    never = forge_time_to_quality.ratio(mine, {"slow": {"curve": [(0.0, 0.1), (400.0, 0.3)]}})
+    late = forge_time_to_quality.ratio(
+        mine, {"slow": {"curve": [(0.0, 0.1), (100.0, 0.5)]}, "slower": {"curve": [(0.0, 0.1), (400.0, 0.3)]}}
+    )
+
+    assert (never["figure"], never["at_least_so"]) == (40.0, True)
+    assert (late["figure"], late["at_least_so"]) == (10.0, False)

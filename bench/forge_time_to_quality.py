@@ -1,0 +1,205 @@
+"""Wall-clock to equal held-out quality: ours against TRL 1.16's on-policy trainers, on Tatoeba (chrF, dev) and ranch (verdicts, dev).
+
+One corrected teacher, one student cut out of it (`small`), one set of training records, for all arms. Ours asks the teacher once (that is
+in its time), then trains on the cache. Each of TRL's two trainers runs with its defaults and tuned (`bench.trl_loop`), until it is as good
+as ours ended or its limit is over (`--limit` seconds); a stopped one counts with its limit, and `at_least_so` says so. Judging is greedy
+decoding of the same dev records, with the clock standing still. The curve of quality over seconds of every arm is kept.
+
+figure = min over baselines of (seconds until our quality, or its limit) / (seconds until ours had it). An arm is kept when it is done.
+"""
+
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Gemma3ForCausalLM
+
+from bench.naive import small_of
+from bench.settings import TRANSLATION, Settings
+from bench.trl_loop import FIRST_LOOK, TRAINERS, Setting, Watch
+from coordinator.forge.judging.metrics import sentence_chrf
+from coordinator.forge.students.trim import trim
+from coordinator.forge.targets.cache import TargetCache
+from coordinator.forge.targets.capture import capture, examples_of, header_of
+from coordinator.forge.training.objective import distillation_loss
+from coordinator.forge.training.recipe import Recipe, trained
+from coordinator.ranch import generate as ranch_records
+from coordinator.ranch import site_named
+from protocol.models.checkpoint import Checkpoint
+from protocol.models.feed import Epochs
+from protocol.models.tokenizer import Tokenizer, make_example
+from protocol.models.torch_model import best_dtype, generate, to_torch
+from protocol.models.training import Step, train
+from protocol.tasks import RANCH, Record, Task
+
+KEY = "time_to_quality"
+TRAIN, DEV = 12_000, 200  # records to learn from; records judged on
+TEACHER_S = 1_200.0  # of correction
+CAPTURED = 1_500  # sources the teacher answers for ours; it learns the others from their own targets
+STEPS, RATE, ALPHA = 1_500, 5e-4, 0.1  # ours
+JUDGED_TOGETHER = 50  # prompts a batch
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    return {KEY: compared(settings, "tatoeba"), f"{KEY}_2": compared(settings, "ranch")}
+
+
+def compared(settings: Settings, name: str) -> dict[str, Any]:
+    """One task: our curve, every baseline's, and the figure."""
+    lesson = Lesson(settings, name)
+    mine = settings.kept(KEY, f"{name}-ours", lesson.ours)
+    goal = max(quality for _, quality in mine["curve"])
+    theirs = {
+        f"{trainer}, {setting}": settings.kept(
+            KEY, f"{name}-{trainer}-{setting}", lambda trainer=trainer, setting=setting: lesson.trl(trainer, setting, goal)
+        )
+        for trainer in TRAINERS
+        for setting in ("default", "tuned")
+    }
+    return ratio(mine, theirs) | {"n": len(lesson.dev), "limit_s": settings.limit_s}
+
+
+def ratio(mine: dict[str, Any], theirs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The figure of one task out of the curves."""
+    goal = max(quality for _, quality in mine["curve"])
+    ours = next(seconds for seconds, quality in mine["curve"] if quality >= goal)
+    seconds = {arm: next((at for at, quality in run["curve"] if quality >= goal), None) for arm, run in theirs.items()}
+    needed = {arm: run["curve"][-1][0] if seconds[arm] is None else seconds[arm] for arm, run in theirs.items()}
+    fastest = min(needed, key=lambda arm: needed[arm])
+    return {
+        "figure": needed[fastest] / ours if ours > 0 else None,
+        "at_least_so": seconds[fastest] is None,  # stopped at its limit, before it was as good
+        "quality": goal,
+        "ours": {"seconds": ours} | mine,
+        "against": {arm: {"seconds": seconds[arm], "best": max(q for _, q in run["curve"])} | run for arm, run in theirs.items()},
+    }
+
+
+class Lesson:
+    """Everything that all arms of one task share."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        self.settings, self.name = settings, name
+        self.folder = settings.folder(KEY) / name
+        self.folder.mkdir(exist_ok=True)
+        self.task: Task = TRANSLATION if name == "tatoeba" else RANCH
+        self.train, self.dev = (self.records(part, count) for part, count in (("train", TRAIN), ("dev", DEV)))
+        self.teacher = self.file("teacher.gguf", self.corrected)
+        self.student = self.file("student.gguf", self.cut)
+        with Tokenizer(self.student) as tokenizer:
+            self.examples = [make_example(tokenizer, self.task, record) for record in self.train]
+
+    def records(self, part: str, count: int) -> list[Record]:
+        if self.name == "ranch":
+            wanted = min(count, 24) if self.settings.quick else count
+            return ranch_records(site_named("general"), seed=self.settings.seed, count=wanted, split=part)
+        found = self.settings.pairs(part)
+        random.Random(self.settings.seed).shuffle(found)
+        return found[:count]
+
+    def file(self, name: str, make: Any) -> Path:
+        path = self.folder / name
+        if not path.is_file():
+            part = path.with_name(name + ".part")
+            make().write(part)
+            part.replace(path)
+        return path
+
+    def corrected(self) -> Checkpoint:
+        """The teacher: vocabulary trimmed to the task, upper half trained on its records."""
+        trimmed = self.folder / "trimmed.gguf"
+        texts = [text for one in self.train for text in (self.task.prompt(one), self.task.target(one))]
+        if not trimmed.is_file():
+            part = trimmed.with_name(trimmed.name + ".part")
+            trim(self.settings.base(), [*texts, self.task.template], part)
+            part.replace(trimmed)
+        with Tokenizer(trimmed) as tokenizer:
+            examples = [make_example(tokenizer, self.task, record) for record in self.train]
+        checkpoint = Checkpoint.read(trimmed)
+        limit = {"steps": 3} if self.settings.quick else {"seconds": TEACHER_S}
+        recipe = Recipe(mode="full", learning_rate=3e-4, first_block=checkpoint.blocks // 2, **limit)
+        return trained(checkpoint, examples, recipe, seed=self.settings.seed, state=self.folder / "teacher.state")[0]
+
+    def cut(self) -> Checkpoint:
+        with Tokenizer(self.teacher) as tokenizer:
+            examples = [make_example(tokenizer, self.task, record) for record in self.train[:200]]
+        return small_of(Checkpoint.read(self.teacher), examples, quick=self.settings.quick)
+
+    def judge(self, model: Gemma3ForCausalLM) -> float:
+        """Mean sentence chrF in [0, 1], or the share of right verdicts, on the dev records."""
+        said: list[str] = []
+        with Tokenizer(self.student) as tokenizer:
+            prompts = [tokenizer.encode(self.task.prompt(record), bos=True) for record in self.dev]
+            for first in range(0, len(prompts), JUDGED_TOGETHER):
+                batch = prompts[first : first + JUDGED_TOGETHER]
+                answers = generate(model, batch, max_new_tokens=self.longest, eos=tokenizer.eos)
+                said += [tokenizer.decode([token for token in answer if token != tokenizer.eos]) for answer in answers]
+        parsed = [self.task.parse(text) for text in said]
+        if self.task.kind == "verdict":
+            return statistics.mean(answer.verdict == record.verdict for answer, record in zip(parsed, self.dev, strict=True))
+        scores = sentence_chrf([answer.sentence for answer in parsed], [record.target for record in self.dev])
+        return round(statistics.mean(scores) / 100, 4)
+
+    @property
+    def longest(self) -> int:
+        return 6 if self.settings.quick else self.task.max_new_tokens
+
+    @property
+    def first_look(self) -> float:
+        return 1.0 if self.settings.quick else FIRST_LOOK
+
+    def ours(self) -> dict[str, Any]:
+        """Capture, then train on the cache; the seconds of both."""
+        steps, captured = (4, 8) if self.settings.quick else (STEPS, CAPTURED)
+        folder = self.folder / "cache"
+        teacher = Checkpoint.read(self.teacher)
+        model = to_torch(Checkpoint.read(self.student), dtype=best_dtype())
+        watch = Watch(lambda: self.judge(model), limit_s=self.settings.limit_s, first_look=self.first_look)
+        cache = TargetCache(folder, header_of(teacher))
+        with Tokenizer(self.teacher) as tokenizer:
+            asked = self.train[:captured]
+            source = to_torch(teacher, dtype=best_dtype())
+            log, result = capture(source, tokenizer, self.task, asked, cache=cache, log=folder / "log.jsonl")
+        capture_s = watch.elapsed
+        examples = [*examples_of(log), *self.examples[captured:]]
+        free = [*(p for layer in model.model.layers for p in layer.parameters()), *model.model.norm.parameters()]
+
+        def progress(_: Step) -> None:
+            watch.tick()
+
+        train(
+            model, Epochs(examples, seed=self.settings.seed, batch_tokens=512), parameters=free, learning_rate=RATE, steps=steps,
+            loss=distillation_loss(examples, cache=cache, alpha=ALPHA), progress=progress,
+        )  # fmt: skip
+        watch.look()
+        cache.close()
+        return {"curve": watch.curve, "capture_s": round(capture_s, 1), "captured": result.records, "steps": steps}
+
+    def trl(self, trainer: str, setting: Setting, goal: float) -> dict[str, Any]:
+        """One baseline, until it is as good as ours or its limit is over."""
+        torch.manual_seed(self.settings.seed)
+        student = trainable(Checkpoint.read(self.student), self.eos)
+        teacher = to_torch(Checkpoint.read(self.teacher))
+        limit = 3.0 if self.settings.quick else self.settings.limit_s
+        watch = Watch(lambda: self.judge(student), limit_s=limit, goal=None if self.settings.quick else goal, first_look=self.first_look)
+        used = TRAINERS[trainer](
+            student, teacher, self.examples, setting, out=self.folder / "trl", watch=watch, eos=self.eos, longest=self.longest,
+            seed=self.settings.seed,
+        )  # fmt: skip
+        watch.look()
+        return {"curve": watch.curve, "settings": used, "stopped": watch.elapsed >= limit}
+
+    @property
+    def eos(self) -> int:
+        with Tokenizer(self.student) as tokenizer:
+            return tokenizer.eos
+
+
+def trainable(checkpoint: Checkpoint, eos: int) -> Gemma3ForCausalLM:
+    """The student as TRL wants it: float32, everything free but the embedding, generation told where an answer ends."""
+    model = to_torch(checkpoint).requires_grad_(True)
+    model.model.embed_tokens.requires_grad_(False)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = eos, 0
+    return model
