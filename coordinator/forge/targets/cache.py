@@ -7,7 +7,7 @@ Rules:
  * The header names teacher, tokeniser, temperature and mode; a cache of another teacher is refused, never mixed.
  * Any number of processes may write into one folder, each a shard family of its own (shard-WORKER-of-N-NUMBER.bin) under a lock; a reader
    sees all families. Opening changes nothing: a torn end is cut off by the family's next writer, before its first record.
- * At most 200 B a token in mode topk with k = 50, up to a vocabulary of 32,768.
+ * At most 200 B a token in mode topk with k = 50, up to a vocabulary of 32,768, where targets have 8 tokens and more.
  * Reading is through mmap: memory holds the index only, about 150 B a record.
 """
 
