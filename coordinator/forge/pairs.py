@@ -17,6 +17,12 @@ T = TypeVar("T")
 LANGUAGE_CODES = {"english": "en", "spanish": "es"}
 
 
+def translated(task: Task) -> tuple[str, ...]:
+    """Codes of a translation's source and target language, as far as they have one here; () for other tasks."""
+    _, *languages = task.name.split("-") if task.kind == "text" else ("",)
+    return tuple(LANGUAGE_CODES[language] for language in languages if language in LANGUAGE_CODES)
+
+
 def read_pairs(path: Path, task: Task, *, limit: int | None = None) -> list[Record]:
     """Records of a text task from a TSV file, the first `limit` of them; ids are "NAME-LINE".
 

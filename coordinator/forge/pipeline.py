@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from coordinator.forge.pairs import translated
 from coordinator.forge.students.cut import cut_student, evenly, preset
 from coordinator.forge.students.export import DEFAULT_KIND, export, stored
 from coordinator.forge.students.importance import ENOUGH, importance
@@ -87,6 +88,7 @@ class Plan:
     kind: str = DEFAULT_KIND  # of the student's file
     teacher_kind: str = "Q8_0"
     frequent: int = FREQUENT
+    general: tuple[str, ...] | None = None  # languages whose general words the vocabulary keeps; None: a translation's two, else none
     accumulate: int = 1  # batches a step, over all processes; a multiple of their number
     threads: int = 2  # more than the idle cores of the machine makes it slower, not faster
     correct: Recipe | None = None  # None: the upper half of the blocks whole, which learns faster than LoRA on all (docs/log.md)
@@ -187,14 +189,15 @@ def _trim(
 ) -> tuple[Path, dict[str, Any]]:
     held = {record.id for record in records[:: max(2, len(records) // HELD_BACK)]} if len(records) > 4 * HELD_BACK else set()
     counted = [*texts, *_texts(task, [record for record in records if record.id not in held]), task.template, *task.codes]
-    stage = Stage(work, "trim", [base_digest, digest_value(counted), plan.frequent])
+    general = translated(task) if plan.general is None else plan.general
+    stage = Stage(work, "trim", [base_digest, digest_value(counted), plan.frequent, general])
     path = stage.folder / "trimmed.gguf"
     if stage.report is None:
         told("trim", 0.1, "counting pieces")
-        trim(base, counted, path, frequent=plan.frequent)
+        trim(base, counted, path, frequent=plan.frequent, general=general)
         unseen = _texts(task, [record for record in records if record.id in held])
         found = coverage(base, path, unseen or counted[:HELD_BACK])
-        stage.finish({**msgspec.to_builtins(found), "unseen": bool(unseen), "file_digest": digest_file(path)})
+        stage.finish({**msgspec.to_builtins(found), "unseen": bool(unseen), "general": general, "file_digest": digest_file(path)})
     return path, _told(told, stage)
 
 

@@ -16,7 +16,7 @@ from protocol.digests import digest_file
 from protocol.errors import BadInput, MilpaError, NotEnough
 from protocol.models.checkpoint import Checkpoint
 from protocol.models.tokenizer import Tokenizer
-from protocol.tasks import RANCH, Record
+from protocol.tasks import RANCH, Record, Task, translation
 from tests.tiny import tiny_checkpoint, tiny_gguf
 
 pytestmark = [pytest.mark.torch, pytest.mark.llama]
@@ -33,7 +33,15 @@ def base(tmp_path: Path) -> Path:
 
 
 def make(
-    base: Path, records: list[Record], folder: Path, *, seed: int = 0, blocks: int = 2, ternary: bool = False, **more: Any
+    base: Path,
+    records: list[Record],
+    folder: Path,
+    *,
+    seed: int = 0,
+    blocks: int = 2,
+    ternary: bool = False,
+    task: Task = RANCH,
+    **more: Any,
 ) -> tuple[Forged, list[str]]:
     plan = Plan(
         budget=Budget.named("10"), seed=seed, blocks=blocks, threads=1, correct=Recipe(learning_rate=5e-3, steps=6),
@@ -41,7 +49,7 @@ def make(
     )  # fmt: skip
     worked: list[str] = []
     made = forge(
-        RANCH, records, work=folder / "work", out=folder / "out", plan=plan, base=base,
+        task, records, work=folder / "work", out=folder / "out", plan=plan, base=base,
         progress=lambda stage, share, words: worked.append(stage) if words.startswith(("step", "counting")) or "records" in words else None,
     )  # fmt: skip
     return made, list(dict.fromkeys(worked))
@@ -91,6 +99,20 @@ def test_other_blocks_reuse_the_teacher_and_another_seed_does_not(
     assert other_blocks.lineage["correct"] == first.lineage["correct"]
     assert all_but_trim == ["correct", "capture", "distil"]
     assert other_seed.lineage["export"]["files"] != first.lineage["export"]["files"]
+
+
+def test_a_translations_vocabulary_keeps_general_words_of_both_languages_and_a_verdict_tasks_does_not(
+    base: Path, records: Callable[[int], list[Record]], tmp_path: Path
+) -> None:
+    task = translation("English", "Spanish")
+    pairs = [Record(id=f"p{i}", task=task.name, source=f"the cat {i}", target=f"el agua {i}") for i in range(12)]
+
+    made, _ = make(base, pairs, tmp_path / "pairs", task=task, frequent=0)
+    other, _ = make(base, records(12), tmp_path / "ranch", frequent=0)
+
+    assert made.lineage["trim"]["general"] == ["en", "es"]
+    assert other.lineage["trim"]["general"] == []
+    assert made.lineage["trim"]["after"] > other.lineage["trim"]["after"]
 
 
 def test_unfinished_stages_are_gone_on_with(base: Path, records: Callable[[int], list[Record]], tmp_path: Path) -> None:
