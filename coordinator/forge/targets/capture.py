@@ -1,7 +1,7 @@
 """Capture: the teacher's view of every target token of the training records becomes a target cache.
 
 Two kinds of answers: `teacher`, which the teacher writes itself (greedy; sequence-level distillation, Kim and Rush 2016), and `given`,
-the records' own targets, read and not written: an order of magnitude faster. Either way one forward pass over prompt and answer scores.
+the records' own targets, read and not written: 4 times faster on sentences of ten tokens. One forward pass scores.
 An answer of the teacher must pass the task's gate: of the task's form, finished, and not against a known truth. Where the teacher is wrong
 and the truth is known, the record's own target is learned, without the teacher's view; where nothing is known, the record is left out.
 Several workers may capture into one folder, each its share of the records by hash, with a shard family and a log of its own.
