@@ -127,6 +127,7 @@ class Objective:
         q = F.log_softmax(logits.float(), dim=-1)
         each = losses.cross_entropy(q, targets)
         rows, found = self._spoken(examples)
+        rows = rows.to(q.device)
         self._positions, self._spoken_for = self._positions + len(each), self._spoken_for + len(rows)
         if not found:
             return each
@@ -138,7 +139,7 @@ class Objective:
                 if states is None:
                     raise BadInput(f"loss {name!r} needs hidden states, which a loop that has logits only cannot give")
                 own = states(self.projection)[rows]
-                spoken = spoken + weight * losses.hidden_transfer(own, _states(found), by=by)
+                spoken = spoken + weight * losses.hidden_transfer(own, _states(found).to(own.device), by=by)
         return spoken if len(rows) == len(each) else each.index_copy(0, rows, spoken)
 
     def _spoken(self, examples: Sequence[Example]) -> tuple[torch.Tensor, list[Cached]]:
@@ -166,13 +167,13 @@ class Objective:
             q = F.log_softmax(logits.float() / temperature, dim=-1)
         some = rows if len(rows) < len(q) else None
         if isinstance(found[0], Samples):
-            return wanted["kl"] * losses.sampled_kl(q, *_samples(found), rows=some)
+            return wanted["kl"] * losses.sampled_kl(q, *(part.to(q.device) for part in _samples(found)), rows=some)
         if isinstance(found[0], Targets):
-            ids, log_probs, tail = (torch.from_numpy(np.concatenate(part)) for part in zip(*found, strict=True))
+            ids, log_probs, tail = (torch.from_numpy(np.concatenate(part)).to(q.device) for part in zip(*found, strict=True))
             p, q = losses.buckets(q, ids, log_probs, tail, some)
         else:
             assert self.head is not None
-            p = F.log_softmax(_states(found) @ self.head.T / temperature, dim=-1)
+            p = F.log_softmax(_states(found).to(q.device) @ self.head.to(q.device).T / temperature, dim=-1)
             q = q if some is None else q[some]
         for name, weight in wanted.items():
             total = total + weight * self._divergences[name](p, q)
@@ -252,7 +253,10 @@ def token_weights(tokenizer: Tokenizer, task: Task, examples: Sequence[Example],
 
 
 def _mean(each: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    return each.mean() if weight is None else (each * weight).sum() / weight.sum()
+    if weight is None:
+        return each.mean()
+    weight = weight.to(each.device)
+    return (each * weight).sum() / weight.sum()
 
 
 def _normed(view: View, projection: torch.nn.Module | None) -> torch.Tensor:
