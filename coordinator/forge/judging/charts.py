@@ -158,6 +158,7 @@ def forest(rows: Sequence[Difference], *, unit: str, label: str) -> str:
             text.set_fontweight("bold" if row[4] else "normal")
         reach = max([abs(end) for row in rows for end in row[1:4]] + [1.0])  # where nothing moved, a point
         axes.set_xlim(-1.08 * reach, 1.08 * reach)  # the same scale on both sides: a loss does not look smaller than a gain
+        axes.locator_params(axis="x", nbins=6)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel(unit)
         axes.spines["left"].set_visible(False)
