@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from bench.settings import TRANSLATION, Settings
-from bench.speed import decode_speed, ratio
+from bench.settings import Settings
+from bench.speed import decode_speed, ratio, unfinished
 from bench.student import small
 from protocol.models.checkpoint import quantise
 from protocol.models.engine import Engine
@@ -17,7 +17,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     if not student.is_file():
         quantise(small(settings), student, "F16" if settings.quick else "Q4_K_M", threads=settings.threads)
     files = {"student": student, "teacher": settings.base(), "teacher, trimmed vocabulary": settings.trimmed()}
-    prompts = [TRANSLATION.prompt(record) for record in settings.pairs("dev", 2 if settings.quick else PROMPTS)]
+    prompts = unfinished([record.source for record in settings.pairs("dev")], 2 if settings.quick else PROMPTS)
     engines = {name: Engine(path, threads=1) for name, path in files.items()}
     try:
         speeds = decode_speed(engines, prompts, turns=2 if settings.quick else TURNS)

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from bench.settings import TRANSLATION, Settings
-from bench.speed import decode_speed, ratio
+from bench.speed import decode_speed, ratio, unfinished
 from coordinator.forge.pairs import read_pairs
 from coordinator.forge.students.trim import coverage, trim
 from protocol.models.checkpoint import Checkpoint
@@ -97,7 +97,7 @@ def loss(settings: Settings, path: Path) -> float:
 
 
 def speed(settings: Settings, files: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    prompts = [TRANSLATION.prompt(record) for record in settings.pairs("dev", 2 if settings.quick else PROMPTS)]
+    prompts = unfinished([record.source for record in settings.pairs("dev")], 2 if settings.quick else PROMPTS)
     engines = {name: Engine(path, threads=1) for name, path in files.items()}
     try:
         return decode_speed(engines, prompts, turns=2 if settings.quick else TURNS)

@@ -13,6 +13,7 @@ from protocol.errors import NotEnough
 from protocol.models.engine import Engine
 
 WRITTEN = 48  # tokens asked for of each prompt
+SHORTEST = 6  # words of a sentence to go on with
 
 
 def decode_speed(engines: Mapping[str, Engine], prompts: Sequence[str], *, turns: int) -> dict[str, dict[str, Any]]:
@@ -36,6 +37,11 @@ def decode_speed(engines: Mapping[str, Engine], prompts: Sequence[str], *, turns
             rates[name].append(tokens[name] / seconds[name])
             counts[name] += tokens[name]
     return {name: {"tokens_per_cpu_s": statistics.median(found), "turns": found, "tokens": counts[name]} for name, found in rates.items()}
+
+
+def unfinished(sentences: Sequence[str], count: int) -> list[str]:
+    """Sentences without their last two words: any model goes on from there, and not with the end."""
+    return [" ".join(sentence.split()[:-2]) for sentence in sentences if len(sentence.split()) >= SHORTEST][:count]
 
 
 def ratio(speeds: Mapping[str, Mapping[str, Any]], fast: str, slow: str) -> dict[str, Any]:
