@@ -167,7 +167,7 @@ class Objective:
             q = F.log_softmax(logits.float() / temperature, dim=-1)
         some = rows if len(rows) < len(q) else None
         if isinstance(found[0], Samples):
-            return wanted["kl"] * losses.sampled_kl(q, *(part.to(q.device) for part in _samples(found)), rows=some)
+            return wanted["kl"] * losses.sampled_kl(q, *_samples(found, q.device), rows=some)
         if isinstance(found[0], Targets):
             ids, log_probs, tail = (torch.from_numpy(np.concatenate(part)).to(q.device) for part in zip(*found, strict=True))
             p, q = losses.buckets(q, ids, log_probs, tail, some)
@@ -270,11 +270,11 @@ def _states(found: Sequence[Cached]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([one.states for one in found if isinstance(one, States)]))
 
 
-def _samples(found: Sequence[Cached]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _samples(found: Sequence[Cached], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids, weights, log-probabilities, padded to one width: (n, m) each."""
     widest = max(part.ids.shape[1] for part in found if isinstance(part, Samples))
     padded = [[np.pad(array, ((0, 0), (0, widest - array.shape[1]))) for array in one] for one in found]
-    ids, weights, log_probs = (torch.from_numpy(np.concatenate(part)) for part in zip(*padded, strict=True))
+    ids, weights, log_probs = (torch.from_numpy(np.concatenate(part)).to(device) for part in zip(*padded, strict=True))
     return ids, weights, log_probs
 
 
