@@ -26,7 +26,7 @@ TOKENS = 10
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_gguf(tmp_path_factory.mktemp("teachers") / "tiny.gguf")
+    return tiny_gguf(tmp_path_factory.mktemp("teachers") / "tiny.gguf", layers=6)  # one global block, five local ones
 
 
 class TeacherContract:
@@ -214,7 +214,8 @@ class TestLlamaCppServer(SamplingContract, TextOnlyContract):
     """A real llama.cpp server process on loopback."""
 
     @pytest.fixture(scope="class")
-    def address(self, tiny: Path) -> Iterator[str]:
+    def address(self, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+        log = tmp_path_factory.mktemp("server") / "log"  # a file: a full pipe would stop the server
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -222,11 +223,12 @@ class TestLlamaCppServer(SamplingContract, TextOnlyContract):
             sys.executable, "-m", "llama_cpp.server", "--model", str(tiny), "--model_alias", "tiny", "--n_ctx", "256", "--n_threads", "1",
             "--host", "127.0.0.1", "--port", str(port),
         ]  # fmt: skip
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        with log.open("wb") as said:
+            server = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:
             deadline = time.monotonic() + 120
             while True:
-                assert server.poll() is None, server.communicate()[1].decode()[-500:]
+                assert server.poll() is None, log.read_text()[-500:]
                 assert time.monotonic() < deadline, "the server did not start"
                 try:
                     httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=5)
@@ -236,7 +238,7 @@ class TestLlamaCppServer(SamplingContract, TextOnlyContract):
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             server.terminate()
-            server.communicate(timeout=20)
+            server.wait(20)
 
     @pytest.fixture
     def teacher(self, address: str, tiny: Path) -> Iterator[Teacher]:

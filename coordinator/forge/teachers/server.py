@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from coordinator.forge.targets.cache import Targets
 from coordinator.forge.teachers import KEY_VARIABLE, NoLogits, Said, check_request
+from coordinator.forge.teachers.sampling import check_examples
 from protocol.digests import digest_value
 from protocol.errors import BadInput, MalformedMessage, MilpaError, TooLarge, Unavailable
 from protocol.models.tokenizer import Example, Tokenizer
@@ -35,6 +36,7 @@ REPLY_LIMIT = 16 << 20  # bytes; the log-probabilities of 500 tokens with 50 can
 ATTEMPTS = 5
 PAUSE_S, PAUSE_LIMIT_S = 0.5, 30.0  # seconds before the second attempt, doubled each time
 AT_ONCE = 4  # requests under way
+ROOM = 1 << 20  # tokens of an example; the server's own limit is smaller, and it says so
 AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "repetition_penalty": 1.0}  # llama.cpp's and vLLM's names
 PROBES = (
@@ -171,6 +173,7 @@ class ServerTeacher:
     def _at_targets(self, examples: Sequence[Example], k: int) -> list[list[dict[int, float]]]:
         if not self.open:
             raise NoLogits(self.name, self._why)
+        check_examples(examples, vocabulary=self.vocabulary, room=ROOM)
         return self._all([partial(self._at, one, k) for one in examples])
 
     def _at(self, example: Example, k: int) -> list[dict[int, float]]:
