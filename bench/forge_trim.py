@@ -70,7 +70,7 @@ def texts(settings: Settings) -> dict[str, list[str]]:
 def made(settings: Settings, pieces: int, embedding: str | None) -> Path:
     path = settings.folder("trim") / f"{pieces}-{embedding or 'stored'}.gguf"
     if not path.is_file():
-        counted = [text for one in settings.pairs("train") for text in (TRANSLATION.prompt(one), TRANSLATION.target(one))]
+        counted = [text for one in settings.pairs("train") for text in (TRANSLATION.prompt(one), TRANSLATION.target(one), one.target or "")]
         counted.append(TRANSLATION.template)
         trim(settings.base(), counted, path, frequent=0, general=LANGUAGES, pieces=pieces, embedding=embedding)
     return path
