@@ -1,7 +1,7 @@
 """Evidence bundles as rows to print: tolerant of what is missing, strict about what is shown. No I/O.
 
 Rules: a figure that is not in the bundle is not shown, and never computed from another. Qualities are shares in [0, 1] here: verdict
-accuracy as it is, chrF divided by 100. The bundle's keys are described in `coordinator/forge/evidence.py`.
+accuracy as it is, chrF divided by 100. The bundle's keys are described in `docs/evidence.md`.
 """
 
 from collections.abc import Mapping, Sequence
