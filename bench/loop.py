@@ -1,7 +1,8 @@
 """The whole loop, once, as a benchmark: `make bench-loop`, or `python -m bench.loop [--seed N] [--finished RESULT.json]`.
 
-Runs `milpa-fleet demo` in a fresh models folder, so that nothing is taken from an earlier run, and writes bench/results/loop.json. With
---finished it takes the figures of a demo that has run (runs/TIME/result.json) instead; what that demo found in its models folder shows in `stages`.
+Runs `milpa-fleet demo` in a fresh models folder, so that nothing is taken from an earlier run, and writes bench/results/loop.json.
+With --finished it takes the figures of a demo that has run (runs/TIME/result.json); what that one found in its models folder shows in
+`stages`.
 """
 
 import argparse

@@ -1,10 +1,8 @@
 """`milpa-coordinator distill`: records in, a corrected teacher and a small student out."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import typer
-from msgspec import structs
 
 from protocol.console import print_json, progress_bar, stderr
 from protocol.errors import BadInput
@@ -24,6 +22,8 @@ def distill(
     blocks: int = typer.Option(8, min=1, help="Transformer blocks the student keeps, without --student."),
     ternary: bool = typer.Option(False, "--ternary", help="Train weights of three values; needs --student. The file is TQ2_0."),
     kind: str | None = typer.Option(None, help="Type of the student's file; by default Q8_0, Q4_K_M with --student, TQ2_0 with --ternary."),
+    on_policy: float = typer.Option(0.0, min=0.0, help="Seconds more, in which the student writes and the teacher scores."),
+    polish: float = typer.Option(0.0, min=0.0, help="Seconds more of training by rewards (form, consistency, language, length)."),
     limit: int | None = typer.Option(None, min=1, help="Only the first so many records."),
     seed: int = typer.Option(0, help="Of everything random."),
     threads: int = typer.Option(2, min=1, max=256, help="Processor threads for training, of each process."),
@@ -51,6 +51,7 @@ def distill(
     from coordinator.forge.students.cut import preset
     from coordinator.forge.students.export import DEFAULT_KIND, KINDS
     from coordinator.forge.training import scale
+    from coordinator.forge.training.recipe import Recipe
     from protocol.names import known
     from protocol.tasks import task_named, translation
 
@@ -68,10 +69,17 @@ def distill(
     if ternary and student is None:
         raise BadInput("--ternary needs --student small, tiny or nano: rows of the teacher's width do not fit its blocks of 256 weights")
     plan = Plan(
-        budget=Budget.named(budget), seed=seed, preset=student or "", blocks=blocks, threads=threads, accumulate=accumulate,
+        budget=Budget.named(budget),
+        seed=seed,
+        preset=student or "",
+        blocks=blocks,
+        threads=threads,
+        accumulate=accumulate,
+        on_policy=Recipe(mode="full", learning_rate=1e-4, seconds=on_policy) if on_policy else None,
+        polish=Recipe(mode="full", learning_rate=5e-5, batch_tokens=1024, seconds=polish) if polish else None,
+        student=Recipe(mode="full", learning_rate=5e-4, ternary=ternary),
         kind=kind or ("TQ2_0" if ternary else "Q4_K_M" if student else DEFAULT_KIND),
-    )  # fmt: skip
-    plan = replace(plan, student=structs.replace(plan.student, ternary=ternary))
+    )
     found = read_pairs(pairs, wanted, limit=limit) if pairs is not None else read_records(Path(str(records)), wanted, limit=limit)
 
     with progress_bar() as bar:

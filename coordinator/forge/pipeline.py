@@ -1,7 +1,8 @@
-"""The forge from end to end: trim, correct, cut, capture, distil, export. A stage is cached by the digest of its inputs, and resumable.
+"""The forge from end to end: trim, correct, cut, capture, distil, if asked on policy and polish, export.
 
-A stage owns the folder `work/STAGE-DIGEST/`; its last act is to write `finished.json` there. A folder without that file is unfinished
-work and is gone on with (training state, captured targets); one with it is never computed again. Another input, another folder.
+A stage is cached by the digest of its inputs, and resumable: it owns the folder `work/STAGE-DIGEST/`; its last act is to write
+`finished.json` there. A folder without that file is unfinished work and is gone on with (training state, captured targets, rounds); one
+with it is never computed again. Another input, another folder.
 """
 
 import shutil
@@ -9,20 +10,26 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
+import torch
 
 from coordinator.forge.pairs import translated
 from coordinator.forge.students.cut import cut_student, evenly, preset
 from coordinator.forge.students.export import DEFAULT_KIND, export, stored
 from coordinator.forge.students.importance import ENOUGH, importance
 from coordinator.forge.students.trim import FREQUENT, coverage, trim
+from coordinator.forge.synthesis.language import identify
 from coordinator.forge.targets.cache import TargetCache
 from coordinator.forge.targets.capture import capture, examples_of, header_of, read_log
+from coordinator.forge.targets.score import score
 from coordinator.forge.teachers.packaged import packaged_licence, packaged_teacher
 from coordinator.forge.training.objective import distillation_loss, token_weights
+from coordinator.forge.training.on_policy import OnPolicyPlan, alone, taught_on_policy
+from coordinator.forge.training.polish import PolishPlan, naturalness, polished
 from coordinator.forge.training.recipe import Recipe, trained
+from coordinator.forge.training.rewards import ensemble
 from coordinator.forge.training.scale import OneProcess, Together, first
 from protocol.blobs import write_atomically
 from protocol.digests import digest_file, digest_value
@@ -35,7 +42,7 @@ from protocol.models.training import Step
 from protocol.tasks import Record, Task
 
 VERSION = 1  # raise it when a stage computes something else from the same inputs
-STAGES = ("trim", "correct", "cut", "capture", "distil", "export")
+STAGES = ("trim", "correct", "cut", "capture", "distil", "on_policy", "polish", "export")
 RANK = 8  # of a site's adapter; the merge of two has rank 16
 CALIBRATION = 256  # training records that decide what a preset's cut keeps, and what quantising must spare
 PLAIN_KINDS = ("F16", "Q8_0")  # too fine for an importance matrix to matter
@@ -93,6 +100,14 @@ class Plan:
     threads: int = 2  # more than the idle cores of the machine makes it slower, not faster
     correct: Recipe | None = None  # None: the upper half of the blocks whole, which learns faster than LoRA on all (docs/log.md)
     student: Recipe = field(default_factory=lambda: Recipe(mode="full", learning_rate=5e-4))
+    on_policy: Recipe | None = None  # after distilling: the student writes, the teacher scores (training.on_policy)
+    polish: Recipe | None = None  # after that: by rewards (training.polish)
+
+    def __post_init__(self) -> None:
+        """Ternary is ternary to the end."""
+        for name in ("on_policy", "polish"):
+            if recipe := getattr(self, name):
+                object.__setattr__(self, name, msgspec.structs.replace(recipe, ternary=self.student.ternary))
 
 
 class Forged(msgspec.Struct, frozen=True):
@@ -156,6 +171,8 @@ def forge(
     told = progress if progress and together.rank == 0 else (lambda stage, share, words: None)
     use_threads(plan.threads)
     learnable = [record for record in records if record.target]
+    if together.size > 1 and (plan.on_policy or plan.polish):
+        raise BadInput("on-policy distillation and polishing run in one process: distil with the launcher first, then add them without it")
     if len(learnable) < 8:
         raise NotEnough(f"{len(learnable)} records have a target; at least 8 are needed, some thousands are useful")
     work.mkdir(parents=True, exist_ok=True)
@@ -177,6 +194,12 @@ def forge(
     cut, lineage["cut"] = first(together, lambda: _cut(task, learnable, work=work, corrected=corrected, plan=plan, told=told))
     captured, lineage["capture"] = first(together, lambda: _capture(task, records, work=work, corrected=corrected, plan=plan, told=told))
     student, lineage["distil"] = _distil(task, learnable, work=work, cut=cut, captured=captured, plan=plan, told=told, world=together)
+    if plan.on_policy:
+        student, lineage["on_policy"] = _on_policy(
+            task, learnable, work=work, student=student, corrected=corrected, captured=captured, plan=plan, told=told
+        )
+    if plan.polish:
+        student, lineage["polish"] = _polish(task, learnable, work=work, student=student, corrected=corrected, plan=plan, told=told)
     if together.rank == 0:
         _export(task, learnable, out, corrected=corrected, student=student, plan=plan, lineage=lineage, told=told)
     together.wait()
@@ -269,6 +292,24 @@ def _capture(
     return stage.folder, _told(told, stage)
 
 
+class _Lesson(NamedTuple):
+    """What the student is taught: captured records first, then others with their own targets."""
+
+    examples: list[Example]
+    weights: list[torch.Tensor]  # of each example's target tokens
+    captured: int
+    own: int
+
+
+def _lesson(task: Task, records: Sequence[Record], *, model: Path, captured: Path, plan: Plan) -> _Lesson:
+    log = read_log(captured / "captured.jsonl")
+    examples, asked = examples_of(log), {one.id for one in log}
+    others = [record for record in records if record.id not in asked][: round(plan.own * len(log))]
+    with Tokenizer(model) as tokenizer:
+        examples += [make_example(tokenizer, task, record) for record in others]
+        return _Lesson(examples, token_weights(tokenizer, task, examples, verdict=plan.verdict), len(log), len(others))
+
+
 def _distil(
     task: Task, records: Sequence[Record], *, work: Path, cut: Path, captured: Path, plan: Plan, told: Progress, world: Together
 ) -> tuple[Path, dict[str, Any]]:
@@ -277,25 +318,69 @@ def _distil(
     stage = Stage(work, "distil", [checkpoint.digest, captured.name, recipe, plan.alpha, plan.own, plan.verdict, plan.seed])
     path = stage.folder / "student-f16.gguf"
     if stage.report is None:
-        log = read_log(captured / "captured.jsonl")
-        examples, asked = examples_of(log), {one.id for one in log}
-        others = [record for record in records if record.id not in asked][: round(plan.own * len(log))]
-        with Tokenizer(cut) as tokenizer:
-            examples += [make_example(tokenizer, task, record) for record in others]
-            weights = token_weights(tokenizer, task, examples, verdict=plan.verdict)
+        lesson = _lesson(task, records, model=cut, captured=captured, plan=plan)
         cache = TargetCache.open(captured)
-        loss = distillation_loss(examples, weights=weights, cache=cache, alpha=plan.alpha)
+        loss = distillation_loss(lesson.examples, weights=lesson.weights, cache=cache, alpha=plan.alpha)
         state = stage.folder / "train.state"
         model, result = trained(
-            checkpoint, examples, recipe, seed=plan.seed, loss=loss, progress=_steps(told, "distil"), state=state, world=world
+            checkpoint, lesson.examples, recipe, seed=plan.seed, loss=loss, progress=_steps(told, "distil"), state=state, world=world
         )
         cache.close()
-        figures = {"recipe": recipe, "training": result, "alpha": plan.alpha, "captured": len(log), "own": len(others)}
+        figures = {"recipe": recipe, "training": result, "alpha": plan.alpha, "captured": lesson.captured, "own": lesson.own}
         if world.rank == 0:
             model.write(path)
             state.unlink(missing_ok=True)
             stage.finish({**figures, "file_digest": model.digest})
         world.wait()
+    return path, _told(told, stage)
+
+
+def _on_policy(
+    task: Task, records: Sequence[Record], *, work: Path, student: Path, corrected: Path, captured: Path, plan: Plan, told: Progress
+) -> tuple[Path, dict[str, Any]]:
+    recipe, how = plan.on_policy, OnPolicyPlan()
+    assert recipe is not None
+    checkpoint, teacher = Checkpoint.read(student), Checkpoint.read(corrected)
+    stage = Stage(work, "on-policy", [checkpoint.digest, teacher.digest, captured.name, recipe, how, plan.alpha, plan.own, plan.seed])
+    path = stage.folder / "student-f16.gguf"
+    if stage.report is None:
+        lesson = _lesson(task, records, model=student, captured=captured, plan=plan)
+        fixed = TargetCache.open(captured)
+        cache = TargetCache(stage.folder / "cache", header_of(teacher))
+        knows = to_torch(teacher, dtype=best_dtype())
+        with Tokenizer(student) as tokenizer:
+            prompts, eos = [tokenizer.encode(task.prompt(record), bos=True) for record in records], tokenizer.eos
+        model, result, rounds = taught_on_policy(
+            checkpoint, lesson.examples, prompts, recipe, plan=how, seed=plan.seed, origin=teacher.digest, cache=cache,
+            writer=lambda writes: alone(
+                writes, score=lambda written: score(knows, written, k=cache.header.k), max_new_tokens=task.max_new_tokens + 1, eos=eos
+            ),
+            loss=distillation_loss(lesson.examples, weights=lesson.weights, cache=fixed, alpha=plan.alpha),
+            log=stage.folder / "rounds.jsonl", progress=_steps(told, "on policy"), state=stage.folder / "train.state",
+        )  # fmt: skip
+        fixed.close()
+        cache.close()
+        model.write(path)
+        stage.finish({"recipe": recipe, "training": result, "rounds": rounds, "file_digest": model.digest})
+    return path, _told(told, stage)
+
+
+def _polish(
+    task: Task, records: Sequence[Record], *, work: Path, student: Path, corrected: Path, plan: Plan, told: Progress
+) -> tuple[Path, dict[str, Any]]:
+    recipe, how = plan.polish, PolishPlan()
+    assert recipe is not None
+    checkpoint, teacher = Checkpoint.read(student), Checkpoint.read(corrected)
+    stage = Stage(work, "polish", [checkpoint.digest, teacher.digest, task, digest_value(records), recipe, how, plan.seed])
+    path = stage.folder / "student-f16.gguf"
+    if stage.report is None:
+        model, result, rounds = polished(
+            checkpoint, records, task, recipe, rewards=ensemble(identify), plan=how, seed=plan.seed, origin=teacher.digest,
+            natural=naturalness(to_torch(teacher, dtype=best_dtype())), log=stage.folder / "rounds.jsonl",
+            progress=_steps(told, "polish"), state=stage.folder / "train.state",
+        )  # fmt: skip
+        model.write(path)
+        stage.finish({"recipe": recipe, "training": result, "rounds": rounds, "file_digest": model.digest})
     return path, _told(told, stage)
 
 

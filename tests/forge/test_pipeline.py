@@ -115,6 +115,23 @@ def test_a_translations_vocabulary_keeps_general_words_of_both_languages_and_a_v
     assert made.lineage["trim"]["after"] > other.lineage["trim"]["after"]
 
 
+def test_after_distilling_the_student_learns_from_its_own_answers_and_by_rewards_once(
+    base: Path, records: Callable[[int], list[Record]], tmp_path: Path
+) -> None:
+    more = {name: Recipe(mode="full", learning_rate=1e-3, steps=2) for name in ("on_policy", "polish")}
+    short = msgspec.structs.replace(RANCH, max_new_tokens=6)
+
+    plain, _ = make(base, records(12), tmp_path, task=short)
+    taught, worked = make(base, records(12), tmp_path, task=short, **more)
+    again, idle = make(base, records(12), tmp_path, task=short, **more)
+
+    assert worked == ["on policy", "polish"]
+    assert idle == []
+    assert taught.lineage["polish"]["training"]["steps"] == 2
+    assert taught.lineage["on_policy"]["rounds"]["rounds"] >= 1
+    assert digest_file(again.student) != plain.lineage["export"]["files"]["student.gguf"]["digest"]
+
+
 def test_unfinished_stages_are_gone_on_with(base: Path, records: Callable[[int], list[Record]], tmp_path: Path) -> None:
     first, _ = make(base, records(12), tmp_path)
     for marker in (tmp_path / "work").glob("distil-*/finished.json"):
