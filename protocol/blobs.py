@@ -87,6 +87,18 @@ class BlobFolder:
         return digest
 
 
+def whole_lines(path: Path) -> list[bytes]:
+    """Lines of an append-only file that end in a line break; what a power failure left behind the last one is cut off the file."""
+    if not path.is_file():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return whole.splitlines()
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, so that a reader or a power cut sees the old bytes or the new, never a mix."""
     path.parent.mkdir(parents=True, exist_ok=True)

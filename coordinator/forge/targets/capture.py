@@ -19,6 +19,7 @@ from coordinator.forge.sharing import Worker
 from coordinator.forge.synthesis.gates import passes
 from coordinator.forge.targets.cache import CacheHeader, TargetCache
 from coordinator.forge.targets.score import views
+from protocol.blobs import whole_lines
 from protocol.digests import digest_value
 from protocol.errors import BadInput
 from protocol.models.checkpoint import Checkpoint
@@ -171,11 +172,4 @@ def captured_in(folder: Path) -> list[Captured]:
 
 def read_log(log: Path) -> list[Captured]:
     """Whole lines of the log; a torn last line is cut off the file."""
-    if not log.is_file():
-        return []
-    data = log.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with log.open("r+b") as file:
-            file.truncate(len(whole))
-    return [msgspec.json.decode(line, type=Captured) for line in whole.splitlines()]
+    return [msgspec.json.decode(line, type=Captured) for line in whole_lines(log)]

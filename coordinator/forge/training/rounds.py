@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from protocol.blobs import whole_lines
 from protocol.errors import BadInput, WrongDigest
 from protocol.models.tokenizer import Example
 
@@ -36,7 +37,7 @@ class RoundLog(Generic[R]):
         """
         self.path = path
         self._rounds: list[R] = []
-        lines = _whole_lines(path)
+        lines = whole_lines(path)
         if not lines:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._write(msgspec.json.encode({"key": key}))
@@ -113,15 +114,3 @@ class RoundFeed(ABC, Generic[R]):
         """Where the examples of a round are."""
         end = self._firsts[number + 1] if number + 1 < len(self._firsts) else len(self.examples)
         return range(self._firsts[number], end)
-
-
-def _whole_lines(path: Path) -> list[bytes]:
-    """Lines that end in a line break; the file is cut after the last one."""
-    if not path.is_file():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return whole.splitlines()
