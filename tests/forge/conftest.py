@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from protocol.models.checkpoint import Checkpoint
 from protocol.tasks import RANCH, Record
-from tests.tiny import tiny_gguf
+from tests.tiny import tiny_checkpoint, tiny_gguf
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +32,11 @@ def records() -> Callable[[int], list[Record]]:
         ]  # fmt: skip
 
     return make
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Rows of 256 and 512, which every type fits."""
+    checkpoint = tiny_checkpoint(hidden=256, feed_forward=512)
+    checkpoint.write(tmp_path_factory.mktemp("wide") / "wide.gguf")
+    return checkpoint

@@ -43,14 +43,6 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Rows of 256 and 512, which every type fits."""
-    checkpoint = tiny_checkpoint(hidden=256, feed_forward=512)
-    checkpoint.write(tmp_path_factory.mktemp("wide") / "wide.gguf")
-    return checkpoint
-
-
 @pytest.fixture
 def examples(wide: Checkpoint, records: Callable[[int], list[Record]]) -> list[Example]:
     assert wide.path
