@@ -149,7 +149,7 @@ class Run:
             if fleet.publisher().latest() is None:
                 loop.publish_student(
                     fleet, TASK, self.made, self.work / "model", judged=judged, dev=on_dev, dev_records=dev, calibration=calibration,
-                    evidence=bundle,
+                    evidence=bundle, general=self.general,
                 )  # fmt: skip
             fleet.start()
             fleet.wait_for_release(1, deadline_s=120)

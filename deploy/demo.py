@@ -44,7 +44,7 @@ class Size(msgspec.Struct, frozen=True):
     train: int = 4_000  # general records offered to the distillation; its budget of seconds decides how many are seen
     dev: int = 200  # for calibration
     test: int = 240  # for evidence
-    general: int = 120  # of those, to see that a merge loses nothing general; and half as many of dev to choose its scale
+    general: int = 240  # of those, to see that a merge loses nothing general; and a quarter as many of dev to choose its scale
     season: int = 200  # records a site, in each season
     scale: int = 60  # a site, to choose the merge's scale
     gate: int = 140  # a site, to judge the merge
@@ -130,7 +130,7 @@ class Demo:
                 held = generate(site, seed=self.seed, count=self.size.scale + self.size.gate, split="dev")
                 found[f"{name} scale"], found[f"{name} gate"] = held[: self.size.scale], held[self.size.scale :]
                 found[f"{name} season 2"] = generate(site, seed=self.seed, count=self.size.season, split="test")
-            found["general gate"], found["general scale"] = found["test"][: self.size.general], found["dev"][: self.size.general // 2]
+            found["general gate"], found["general scale"] = found["test"][: self.size.general], found["dev"][: self.size.general // 4]
             for name, rows in found.items():
                 loop.write_records(self._record_file(name), rows)
         return found
@@ -183,7 +183,7 @@ class Demo:
             self.fleet.prepare(sites=self.sites, peer=PEER, web_port=self.web_port)
             loop.publish_student(
                 self.fleet, RANCH, made, self.run_dir / "models", judged=proof["models"]["student"], dev=proof["dev"],
-                dev_records=records["dev"], calibration=proof["calibration"], evidence=proof["bundle"],
+                dev_records=records["dev"], calibration=proof["calibration"], evidence=proof["bundle"], general=records["train"],
             )  # fmt: skip
 
     def _bring_up(self) -> None:

@@ -32,6 +32,7 @@ LEARN_DEADLINE_S = 900.0
 ROUND_DEADLINE_S = 900.0
 COLLECT_DEADLINE_S = 120.0
 SETTLE_DEADLINE_S = 300.0
+REHEARSAL = 100  # records, 30 kB: enough for 233 examples of a site's own at its share
 
 
 def publish_student(
@@ -45,12 +46,14 @@ def publish_student(
     dev_records: Sequence[Record],
     calibration: Calibration,
     evidence: Mapping[str, Any],
+    general: Sequence[Record],
 ) -> None:
     """Sign and publish release 1: the student for the sites, the teacher for the base station.
 
     Args:
         made: what `milpa-coordinator distill --json` printed.
         folder: gets calibration and evidence.
+        general: training records that sites learn among their own, the first REHEARSAL of them.
         judged: the student's evaluation on held-out records; `dev`: on `dev_records`, from which known answers are taken.
     """
     write_atomically(folder / "calibration.json", codec.encode(calibration))
@@ -59,6 +62,7 @@ def publish_student(
         ("student", "model", Path(made["student"]), ""),
         ("student", "initial-adapter", Path(made["initial_adapter"]), judged.model_digest),
         ("student", "calibration", folder / "calibration.json", judged.model_digest),
+        ("student", "rehearsal", write_records(folder / "rehearsal.jsonl", general[:REHEARSAL]), ""),
         ("student", "evidence", folder / "evidence.json", ""),
         ("teacher", "model", Path(made["teacher"]), ""),
     ]

@@ -12,7 +12,7 @@ from protocol.errors import BadInput, DoesNotFit
 from protocol.names import checked_digest
 
 Role = Literal["student", "teacher"]
-Kind = Literal["model", "adapter", "initial-adapter", "calibration", "evidence"]
+Kind = Literal["model", "adapter", "initial-adapter", "calibration", "evidence", "rehearsal"]  # the last: general records for learning
 
 MANIFEST_LIMIT = 64 * 1024  # bytes; the largest real one is about 3 kB
 MANIFEST_NAME = "releases/{number}.json"  # name of the TUF target

@@ -24,6 +24,7 @@ def publish(
     model: Path | None = typer.Option(None, help="The students' GGUF."),
     adapter: Path | None = typer.Option(None, help="LoRA adapter (GGUF) for that model."),
     initial_adapter: Path | None = typer.Option(None, help="The adapter that sites start training from."),
+    rehearsal: Path | None = typer.Option(None, help="General records (JSON lines) that sites learn among their own, not to forget."),
     calibration: Path | None = typer.Option(None, help="Confidence calibration of the student (JSON)."),
     teacher: Path | None = typer.Option(None, help="The peers' GGUF."),
     evidence: Path | None = typer.Option(None, help="Evidence bundle (JSON); its peak_rss_mb becomes the memory that a node must have."),
@@ -47,6 +48,7 @@ def publish(
         milpa-coordinator publish --store store --model student-q8.gguf --adapter round-3.gguf --note "round 3: +4.1 points at esteli"
     """
     from coordinator.fleet.publishing import Publisher, build_release
+    from coordinator.forge.pairs import read_records
     from protocol.digests import digest_file
     from protocol.tasks import task_named
 
@@ -55,14 +57,17 @@ def publish(
     if init:
         publisher.init()
     if model is None:
-        if not init or any((adapter, initial_adapter, calibration, teacher, evidence, known)):
+        if not init or any((adapter, initial_adapter, rehearsal, calibration, teacher, evidence, known)):
             raise BadInput("name the students' model with --model FILE.gguf")
         _print_store(publisher, as_json=as_json)
         return
+    if rehearsal is not None:
+        read_records(rehearsal, found)
     before = publisher.latest()
     files = _files(
-        model=model, adapter=adapter, initial_adapter=initial_adapter, calibration=calibration, teacher=teacher, evidence=evidence
-    )
+        model=model, adapter=adapter, initial_adapter=initial_adapter, rehearsal=rehearsal, calibration=calibration, teacher=teacher,
+        evidence=evidence,
+    )  # fmt: skip
     base = digest_file(model)
     number = before.number + 1 if before else 1
     release, paths = build_release(
@@ -87,6 +92,7 @@ def _files(**given: Path | None) -> list[tuple["Role", "Kind", Path]]:
         "model": ("student", "model"),
         "adapter": ("student", "adapter"),
         "initial_adapter": ("student", "initial-adapter"),
+        "rehearsal": ("student", "rehearsal"),
         "calibration": ("student", "calibration"),
         "teacher": ("teacher", "model"),
         "evidence": ("student", "evidence"),

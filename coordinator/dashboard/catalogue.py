@@ -47,6 +47,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "kind.initial-adapter": ("initial adapter", "adaptador inicial"),
     "kind.calibration": ("calibration", "calibración"),
     "kind.evidence": ("evidence", "evidencia"),
+    "kind.rehearsal": ("rehearsal", "repaso"),
     # overview
     "overview.no-nodes": ("No node has spoken yet.", "Todavía no ha hablado ningún nodo."),
     "overview.answering": ("{count} of {total} answering", "{count} de {total} responden"),

@@ -397,7 +397,7 @@ class _Round:
         calibration, told = fit(on_dev, seed=self.options.seed)
         now = int(self.clock())
         blobs = self.publisher.blobs
-        files = [file for file in old.files if file.role != STUDENT or file.kind in ("model", "initial-adapter")]
+        files = [file for file in old.files if file.role != STUDENT or file.kind in ("model", "initial-adapter", "rehearsal")]
         digest = blobs.put_file(adapter)
         files.append(ReleaseFile("adapter.gguf", STUDENT, "adapter", digest, adapter.stat().st_size, self.base.digest))
         if calibration is not None:

@@ -78,7 +78,7 @@ class Budget:
         return cls(name, 0.52 * seconds, 0.15 * seconds, 0.33 * seconds)
 
 
-PRESETS = {"demo": Budget("demo", 225.0, 40.0, 165.0), "hour": Budget("hour", 1800.0, 500.0, 1100.0)}
+PRESETS = {"demo": Budget("demo", 210.0, 40.0, 165.0), "hour": Budget("hour", 1800.0, 500.0, 1100.0)}
 
 
 @dataclass(frozen=True)

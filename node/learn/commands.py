@@ -35,9 +35,10 @@ def learn(
         milpa-node learn --max-seconds 300 --threads 2 --json
     """
     from node import settings as node_settings
-    from node.learn.examples import split
+    from node.learn.examples import split, with_rehearsal
     from node.store import Store
     from node.update.slots import Slots
+    from protocol.codec import decode_record
     from protocol.tasks import task_named
 
     flags: dict[str, Any] = {
@@ -54,7 +55,11 @@ def learn(
         parts = split(store.examples(task.name), minimum=settings.learn.min_examples)
     finally:
         store.close()
-    stderr.print(f"training on {len(parts.training)} examples, {len(parts.held_out)} held out", highlight=False)
+    own = len(parts.training)
+    if active.rehearsal:
+        parts = with_rehearsal(parts, [decode_record(line) for line in active.rehearsal.read_bytes().splitlines()])
+    general = len(parts.training) - own
+    stderr.print(f"training on {own} of its own and {general} general examples, {len(parts.held_out)} held out", highlight=False)
     from node.learn import train  # torch, only now
 
     result = train.learn(

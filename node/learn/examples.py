@@ -1,5 +1,8 @@
 """Which confirmed answers a site trains on, and which it keeps apart to see whether training helped. No I/O.
 
+General records that came with the release are learned among the site's own (rehearsal, Robins 1995), or a site would forget what it has not
+seen for a while; they are never held out, so "did it help" is about the site alone.
+
 The part a record belongs to is decided by a hash of the record (`node.store.is_held_out`), so it never moves from one training to the next
 and no example is ever both.
 """
@@ -10,8 +13,11 @@ import msgspec
 
 from node.store import LearningExample
 from protocol.errors import NotEnough
+from protocol.tasks import Record
 
 MINIMUM = 32  # confirmed examples to train on; fewer teach a site's accidents
+RELEASE = "release"  # origin of rehearsed examples
+REHEARSED = 0.3  # of what is trained on, as far as the release brought records
 MINIMUM_HELD_OUT = 4  # fewer say nothing about whether it helped; one example in five is held out
 
 
@@ -34,3 +40,10 @@ def split(examples: Sequence[LearningExample], *, minimum: int = MINIMUM, minimu
     if len(parts.held_out) < minimum_held_out:
         raise NotEnough(f"{len(parts.held_out)} held-out examples, {minimum_held_out} are needed; more confirmed answers bring more")
     return parts
+
+
+def with_rehearsal(parts: Parts, general: Sequence[Record], *, share: float = REHEARSED) -> Parts:
+    """`share` of the training part are general records then, the first ones of those given."""
+    count = round(len(parts.training) * share / (1.0 - share))
+    known = [LearningExample(record, RELEASE, 1.0, False, False) for record in general if record.target][:count]
+    return Parts((*parts.training, *known), parts.held_out)

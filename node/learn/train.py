@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from node.learn import stored
-from node.learn.examples import Parts
+from node.learn.examples import RELEASE, Parts
 from node.store import LearningExample
 from node.update.slots import ActiveRelease
 from protocol.adapters import AdapterHeader, Flat, unpack
@@ -58,6 +58,7 @@ class LearnResult(msgspec.Struct, frozen=True):
     peak_rss_mb: float
     digest: str = ""
     left_out: int = 0  # examples longer than ROW_LIMIT tokens
+    rehearsed: int = 0  # of the examples, general ones that came with the release
 
 
 def learn(
@@ -125,6 +126,7 @@ def learn(
     return LearnResult(
         release=active.number, stored=not reason, reason=reason, examples=len(training), held_out=len(held_out), loss_before=before,
         loss_after=after, steps=done.steps, seconds=round(time.monotonic() - began, 3), digest=digest, left_out=left_out,
+        rehearsed=sum(one.origin == RELEASE for one in parts.training),
         peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )  # fmt: skip
 

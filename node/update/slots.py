@@ -39,6 +39,7 @@ class ActiveRelease(msgspec.Struct, frozen=True):
     adapter: Path | None = None
     calibration: Path | None = None
     initial_adapter: Path | None = None
+    rehearsal: Path | None = None  # general records as JSON lines, to be learned among the site's own
 
     @property
     def number(self) -> int:
@@ -199,6 +200,7 @@ class Slots:
             adapter=paths.get("adapter"),
             calibration=paths.get("calibration"),
             initial_adapter=paths.get("initial-adapter"),
+            rehearsal=paths.get("rehearsal"),
         )
 
     def _read(self) -> _Pointer:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from node.learn import stored
-from node.learn.examples import split
+from node.learn.examples import split, with_rehearsal
 from node.store import LearningExample
 from node.update.slots import ActiveRelease
 from protocol.adapters import AdapterQuestion, unpack
@@ -32,6 +32,19 @@ def examples(count: int) -> list[LearningExample]:
 def test_too_few_examples_are_refused_with_figure_and_need() -> None:
     with pytest.raises(NotEnough, match="16 confirmed examples to train on, 32 are needed"):
         split(examples(20), minimum=32)
+
+
+def test_three_of_ten_trained_on_are_general_and_none_is_held_out() -> None:
+    own = split(examples(60), minimum=32)
+    general = [Record(id=f"g{i}", task="ranch", source=f"soil{i}", target="normal: level is on", verdict="normal") for i in range(100)]
+
+    parts = with_rehearsal(own, general)
+
+    added = parts.training[len(own.training) :]
+    assert len(added) / len(parts.training) == pytest.approx(0.3, abs=0.01)
+    assert [one.record for one in added] == general[: len(added)]
+    assert parts.held_out == own.held_out
+    assert with_rehearsal(own, [Record(id="g", task="ranch", source="unanswered")]).training == own.training
 
 
 def test_no_example_is_both_trained_on_and_held_out() -> None:

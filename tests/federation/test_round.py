@@ -53,9 +53,17 @@ class Farm:
 
         self.folder = folder
         model, initial = tiny_gguf(folder / "student.gguf"), folder / "initial.gguf"
+        general = initial.with_name("rehearsal.jsonl")
+        general.write_bytes(b"{}\n")
         write_adapter_gguf(initial, *initial_adapter(Checkpoint.read(model), rank=8, alpha=16.0, seed=1))
         self.release, self.files = build_release(
-            1, "ranch", [("student", "model", model, ""), ("student", "initial-adapter", initial, digest_file(model))]
+            1,
+            "ranch",
+            [
+                ("student", "model", model, ""),
+                ("student", "initial-adapter", initial, digest_file(model)),
+                ("student", "rehearsal", general, ""),
+            ],
         )
         active = ActiveRelease(release=self.release, role="student", model=model, initial_adapter=initial)
         for site in SITES:
@@ -124,7 +132,7 @@ def test_two_sites_adapters_become_release_two_and_the_ledger_says_how(
     assert release is not None
     assert (release.number, release.previous) == (2, 1)
     kinds = {file.kind: file for file in release.files}
-    assert set(kinds) == {"model", "initial-adapter", "adapter", "calibration", "evidence"}
+    assert set(kinds) == {"model", "initial-adapter", "rehearsal", "adapter", "calibration", "evidence"}
     assert kinds["adapter"].base_digest == kinds["model"].digest
     assert publisher.verify() > 0
     latest = ledger.latest_release()

@@ -59,6 +59,7 @@ class Loop:
             1, "ranch",
             [("student", "model", self.student, ""), ("teacher", "model", self.teacher, ""),
              ("student", "initial-adapter", toy.start_adapter(self.student, folder / "initial.gguf"), dev.model_digest),
+             ("student", "rehearsal", write_records(folder / "known.jsonl", toy.records(60, kinds=(0, 1), start=500, prefix="k")), ""),
              ("student", "calibration", calibration, dev.model_digest)],
         )  # fmt: skip
         self.fleet.publisher().publish(self.release, paths)
@@ -130,6 +131,11 @@ def test_each_site_trained_and_its_held_out_loss_fell(loop: Loop) -> None:
     for result in loop.trained.values():
         assert result["stored"], result
         assert result["loss_after"] < result["loss_before"]
+
+
+def test_three_of_ten_examples_of_a_site_are_general_ones_from_the_release(loop: Loop) -> None:
+    for result in loop.trained.values():
+        assert result["rehearsed"] / result["examples"] == pytest.approx(0.3, abs=0.01)
 
 
 def test_the_round_took_both_adapters_and_released_a_better_model(loop: Loop) -> None:
