@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -113,5 +114,10 @@ def test_children_die_with_a_supervisor_that_was_killed(tmp_path: Path) -> None:
     wait_for(lambda: start_time(pid) != started)
 
 
-def test_a_free_port_is_free() -> None:
-    assert 1024 <= free_port() < 65536
+def test_a_free_port_is_free_and_no_outgoing_connection_is_ever_given_it() -> None:
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = [free_port() for _ in range(20)]
+
+    assert all(1024 <= port < lowest for port in ports)
+    with socket.create_server(("127.0.0.1", ports[0])):
+        assert free_port() != ports[0]
