@@ -55,8 +55,8 @@ def start_time(pid: int) -> int:
 def free_port() -> int:
     """A TCP port of the loopback interface that nobody listens on now and that no outgoing connection will be given before it is used.
 
-    The system hands out ports of `ip_local_port_range` (32768 and up by default) to connections; a port of it, chosen now and bound a moment
-    later, may be taken by then. So it is drawn from below that range.
+    The system hands ports of `ip_local_port_range` (32768 and up by default) to outgoing connections; one of those, chosen now and bound
+    a moment later, may be taken by then. So it is drawn from below that range.
 
     Raises:
         Unavailable: a hundred draws found none.
