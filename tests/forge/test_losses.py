@@ -73,7 +73,9 @@ def test_with_k_equal_to_the_vocabulary_it_is_the_dense_one_and_so_is_its_gradie
 
 @every
 @settings(deadline=None, max_examples=25)
-@given(seed=st.integers(0, 10_000), k=st.integers(1, 40), scale=st.floats(0.1, 4.0))
+@given(
+    seed=st.integers(0, 10_000), k=st.integers(1, 40), scale=st.floats(0.1, 1.5)
+)  # log-probabilities stay above -30, where the divergences stop counting
 def test_it_is_never_negative_and_folding_never_adds_to_it(divergence: Divergence, seed: int, k: int, scale: float) -> None:
     student, teacher = scale * logits(seed), scale * logits(seed + 1)
 
