@@ -22,10 +22,11 @@ import msgspec
 
 from coordinator.fleet.publishing import Publisher, build_release
 from deploy.broker import COORDINATOR, answers, prepare
-from deploy.processes import Processes, free_port, http_ok
+from deploy.processes import Processes, http_ok
 from protocol.blobs import write_atomically
 from protocol.errors import BadInput, Unavailable
 from protocol.names import checked_name
+from protocol.ports import free_port
 
 SITES = ("esteli", "malacatoya")
 PEER = "base-station"

@@ -6,9 +6,7 @@ unless they are to outlive it (`milpa-fleet up`). Stopping is SIGTERM, a deadlin
 
 import ctypes
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +23,6 @@ READY_DEADLINE_S = 60.0  # the slowest, the SuperLink, is ready in 4 s on a quie
 POLL_S = 0.1
 LOG_TAIL = 12  # lines of a log shown when its process died
 PR_SET_PDEATHSIG = 1
-PORTS = range(20_000, 32_000)
-PORT_DRAWS = 100
 
 
 class Child(msgspec.Struct, frozen=True):
@@ -50,26 +46,6 @@ def start_time(pid: int) -> int:
     except OSError:
         return 0
     return 0 if fields[0] in "ZX" else int(fields[19])
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now and that no outgoing connection will be given before it is used.
-
-    The system hands ports of `ip_local_port_range` (32768 and up by default) to outgoing connections; one of those, chosen now and bound
-    a moment later, may be taken by then. So it is drawn from below that range.
-
-    Raises:
-        Unavailable: a hundred draws found none.
-    """
-    for _ in range(PORT_DRAWS):
-        port = PORTS.start + secrets.randbelow(len(PORTS))
-        with socket.socket() as found:
-            try:
-                found.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
-    raise Unavailable(f"no free port between {PORTS.start} and {PORTS.stop - 1} in {PORT_DRAWS} draws; stop what listens there")
 
 
 def _die_with_parent() -> None:

@@ -25,6 +25,7 @@ import msgspec
 
 from protocol.blobs import write_atomically
 from protocol.errors import BadInput, PortInUse
+from protocol.flower import offline
 
 FLEET_HEADER = b"x-milpa-fleet"
 TOKEN_BYTES = 32
@@ -37,13 +38,8 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def environment(state: Path) -> dict[str, str]:
-    """The variables that keep flwr off the network and inside `state`; set them before flwr is imported."""
-    return {
-        "FLWR_HOME": str(state / "flwr"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    }
+    """The variables for flwr's processes of a coordinator with that folder."""
+    return offline(state / "flwr")
 
 
 class Keys(msgspec.Struct, frozen=True):

@@ -5,7 +5,6 @@ dies while the window is open. The child sees the folder with the stored adapter
 """
 
 import secrets
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,8 +13,10 @@ from typing import Any
 
 import msgspec
 
+from protocol.flower import offline
 from protocol.lines import child_lines
 from protocol.names import checked_name
+from protocol.ports import free_port
 
 AGAIN_S = 3.0  # before a child that died is started again
 SLICE_S = 0.2
@@ -66,10 +67,10 @@ def sync(
         secret_file.write_text(secrets.token_urlsafe(32), encoding="ascii")
         while not over():
             job = {
-                "node": node, "state_dir": str(state_dir.resolve()), "superlink": superlink, "port": _free_port(),
+                "node": node, "state_dir": str(state_dir.resolve()), "superlink": superlink, "port": free_port(),
                 "secret_file": str(secret_file), "fleet_token": fleet_token,
             }  # fmt: skip
-            for said in child_lines("node.learn.flower", job, dict[str, Any], environment=_quiet(Path(private)), over=over):
+            for said in child_lines("node.learn.flower", job, dict[str, Any], environment=offline(Path(private)), over=over):
                 if said.get("kind") == "answered":
                     codes.append(str(said.get("code", "")))
                     on_progress(f"answered: {codes[-1]}")
@@ -81,23 +82,7 @@ def sync(
     return SyncResult(node, heard and "adapter" in codes, tuple(codes), restarts, round(time.monotonic() - begun, 3))
 
 
-def _quiet(flower_home: Path) -> dict[str, str]:
-    """What keeps Flower from calling home and from installing anything."""
-    return {
-        "FLWR_HOME": str(flower_home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    }
-
-
 def _wait(seconds: float, over: Callable[[], bool]) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and not over():
         time.sleep(SLICE_S)
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

@@ -11,11 +11,11 @@ from coordinator.app import Coordinator
 from coordinator.settings import Broker as BrokerSection
 from coordinator.settings import CoordinatorSettings, Store
 from deploy.broker import Broker, find_mosquitto
-from deploy.processes import free_port
 from protocol import topics
 from protocol.codec import encode
 from protocol.messages import ReleaseNotice, Status
 from protocol.mqtt import Session
+from protocol.ports import free_port
 from tests.dashboard.conftest import Serving
 from tests.dashboard.test_serving import publish
 

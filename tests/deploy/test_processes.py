@@ -11,8 +11,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from deploy.processes import Child, Processes, free_port, start_time
+from deploy.processes import Child, Processes, start_time
 from protocol.errors import NotEnough, Unavailable
+from protocol.ports import free_port
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 STUBBORN = [

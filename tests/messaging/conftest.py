@@ -12,9 +12,9 @@ import pytest
 from sqlalchemy import Engine
 
 from deploy.broker import Broker, find_mosquitto
-from deploy.processes import free_port
 from node.store import open_database
 from protocol.mqtt import Session
+from protocol.ports import free_port
 
 PASSWORDS = {name: f"{name}-password" for name in ("coordinator", "esteli", "malacatoya", "base", "ridge")}
 DEADLINE_S = 20.0

@@ -6,10 +6,10 @@ from pathlib import PurePosixPath as Path
 import pytest
 
 from deploy.broker import Broker, Tls, mosquitto_access, mosquitto_conf, password_line, prepare
-from deploy.processes import free_port
 from protocol import topics
 from protocol.errors import BadInput, NotEnough, PortInUse, Unavailable
 from protocol.mqtt import Session
+from protocol.ports import free_port
 
 
 @pytest.fixture

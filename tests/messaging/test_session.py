@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from deploy.broker import Broker
-from deploy.processes import free_port
 from protocol import topics
 from protocol.errors import BadInput, ConnectionLost, TooLarge, Unavailable
 from protocol.mqtt import IN_FLIGHT_LIMIT, Session
+from protocol.ports import free_port
 
 pytestmark = pytest.mark.broker
 EVENT = topics.event("esteli")

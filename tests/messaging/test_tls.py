@@ -11,10 +11,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from deploy.broker import Broker, Tls
-from deploy.processes import free_port
 from protocol import topics
 from protocol.errors import BadInput
 from protocol.mqtt import Session
+from protocol.ports import free_port
 
 pytestmark = pytest.mark.broker
 

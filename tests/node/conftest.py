@@ -1,7 +1,6 @@
 """A node in memory: a real store and a real engine thread, a small engine, and somebody to ask who only takes notes; and whole daemons."""
 
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -182,12 +181,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ask(url: str, prompt: str = "soil 12 %") -> httpx.Response:
     return httpx.post(url + "/v1/completions", json={"prompt": prompt}, timeout=30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

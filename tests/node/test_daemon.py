@@ -21,7 +21,8 @@ from protocol.codec import decode_message
 from protocol.digests import digest_file
 from protocol.errors import BadInput, PortInUse, Unavailable
 from protocol.outbox import Outbox
-from tests.node.conftest import DEADLINE_S, ENVIRONMENT, ROOT, ask, eventually, free_port, publish, settings, write_adapter
+from protocol.ports import free_port
+from tests.node.conftest import DEADLINE_S, ENVIRONMENT, ROOT, ask, eventually, publish, settings, write_adapter
 from tests.node.fake_engine import FakeEngine
 
 
