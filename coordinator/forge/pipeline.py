@@ -42,9 +42,8 @@ from protocol.models.training import Step
 from protocol.tasks import Record, Task
 
 VERSION = 1  # raise it when a stage computes something else from the same inputs
-STAGES = ("trim", "correct", "cut", "capture", "distil", "on_policy", "polish", "export")
 RANK = 8  # of a site's adapter; the merge of two has rank 16
-CALIBRATION = 256  # training records that decide what a preset's cut keeps, and what quantising must spare
+CALIBRATION = 256  # training records that decide what a preset's cut keeps
 PLAIN_KINDS = ("F16", "Q8_0")  # too fine for an importance matrix to matter
 HELD_BACK = 500  # texts that the counting corpus does not see, to report coverage on
 
@@ -102,12 +101,6 @@ class Plan:
     student: Recipe = field(default_factory=lambda: Recipe(mode="full", learning_rate=5e-4))
     on_policy: Recipe | None = None  # after distilling: the student writes, the teacher scores (training.on_policy)
     polish: Recipe | None = None  # after that: by rewards (training.polish)
-
-    def __post_init__(self) -> None:
-        """Ternary is ternary to the end."""
-        for name in ("on_policy", "polish"):
-            if recipe := getattr(self, name):
-                object.__setattr__(self, name, msgspec.structs.replace(recipe, ternary=self.student.ternary))
 
 
 class Forged(msgspec.Struct, frozen=True):
@@ -242,17 +235,22 @@ def _correct(
             checkpoint, examples, recipe, seed=plan.seed, loss=loss, progress=_steps(told, "correct"), state=state, world=world
         )
         if world.rank == 0:
-            model.write(path)
-            state.unlink(missing_ok=True)
-            stage.finish({"recipe": recipe, "training": result, "file_digest": model.digest})
+            _finish_training(stage, model, path, state, {"recipe": recipe, "training": result})
         world.wait()
     return path, _told(told, stage)
+
+
+def _finish_training(stage: Stage, model: Checkpoint, path: Path, state: Path, figures: Mapping[str, Any]) -> None:
+    """The weights first, the marker last; the training's state, larger than both, goes."""
+    model.write(path)
+    state.unlink(missing_ok=True)
+    stage.finish({**figures, "file_digest": model.digest})
 
 
 def _cut(task: Task, records: Sequence[Record], *, work: Path, corrected: Path, plan: Plan, told: Progress) -> tuple[Path, dict[str, Any]]:
     checkpoint = Checkpoint.read(corrected)
     if plan.preset:
-        wanted, examples = preset(plan.preset), _calibration(task, records, corrected)
+        wanted, examples = preset(plan.preset), _calibration(task, records[:CALIBRATION], corrected)
         stage = Stage(work, "cut", [checkpoint.digest, wanted, examples, plan.seed])
     else:
         keep = evenly(checkpoint.blocks, min(plan.blocks, checkpoint.blocks))
@@ -271,7 +269,7 @@ def _cut(task: Task, records: Sequence[Record], *, work: Path, corrected: Path, 
 
 def _calibration(task: Task, records: Sequence[Record], model: Path) -> list[Example]:
     with Tokenizer(model) as tokenizer:
-        return [make_example(tokenizer, task, record) for record in records[:CALIBRATION]]
+        return [make_example(tokenizer, task, record) for record in records]
 
 
 def _capture(
@@ -328,9 +326,7 @@ def _distil(
         cache.close()
         figures = {"recipe": recipe, "training": result, "alpha": plan.alpha, "captured": lesson.captured, "own": lesson.own}
         if world.rank == 0:
-            model.write(path)
-            state.unlink(missing_ok=True)
-            stage.finish({**figures, "file_digest": model.digest})
+            _finish_training(stage, model, path, state, figures)
         world.wait()
     return path, _told(told, stage)
 
@@ -338,8 +334,7 @@ def _distil(
 def _on_policy(
     task: Task, records: Sequence[Record], *, work: Path, student: Path, corrected: Path, captured: Path, plan: Plan, told: Progress
 ) -> tuple[Path, dict[str, Any]]:
-    recipe, how = plan.on_policy, OnPolicyPlan()
-    assert recipe is not None
+    recipe, how = _as_the_student(plan.on_policy, plan), OnPolicyPlan()
     checkpoint, teacher = Checkpoint.read(student), Checkpoint.read(corrected)
     stage = Stage(work, "on-policy", [checkpoint.digest, teacher.digest, captured.name, recipe, how, plan.alpha, plan.own, plan.seed])
     path = stage.folder / "student-f16.gguf"
@@ -347,7 +342,7 @@ def _on_policy(
         lesson = _lesson(task, records, model=student, captured=captured, plan=plan)
         fixed = TargetCache.open(captured)
         cache = TargetCache(stage.folder / "cache", header_of(teacher))
-        knows = to_torch(teacher, dtype=best_dtype())
+        knows, state = to_torch(teacher, dtype=best_dtype()), stage.folder / "train.state"
         with Tokenizer(student) as tokenizer:
             prompts, eos = [tokenizer.encode(task.prompt(record), bos=True) for record in records], tokenizer.eos
         model, result, rounds = taught_on_policy(
@@ -356,31 +351,29 @@ def _on_policy(
                 writes, score=lambda written: score(knows, written, k=cache.header.k), max_new_tokens=task.max_new_tokens + 1, eos=eos
             ),
             loss=distillation_loss(lesson.examples, weights=lesson.weights, cache=fixed, alpha=plan.alpha),
-            log=stage.folder / "rounds.jsonl", progress=_steps(told, "on policy"), state=stage.folder / "train.state",
+            log=stage.folder / "rounds.jsonl", progress=_steps(told, "on policy"), state=state,
         )  # fmt: skip
         fixed.close()
         cache.close()
-        model.write(path)
-        stage.finish({"recipe": recipe, "training": result, "rounds": rounds, "file_digest": model.digest})
+        _finish_training(stage, model, path, state, {"recipe": recipe, "training": result, "rounds": rounds})
     return path, _told(told, stage)
 
 
 def _polish(
     task: Task, records: Sequence[Record], *, work: Path, student: Path, corrected: Path, plan: Plan, told: Progress
 ) -> tuple[Path, dict[str, Any]]:
-    recipe, how = plan.polish, PolishPlan()
-    assert recipe is not None
+    recipe, how = _as_the_student(plan.polish, plan), PolishPlan()
     checkpoint, teacher = Checkpoint.read(student), Checkpoint.read(corrected)
     stage = Stage(work, "polish", [checkpoint.digest, teacher.digest, task, digest_value(records), recipe, how, plan.seed])
     path = stage.folder / "student-f16.gguf"
     if stage.report is None:
+        state = stage.folder / "train.state"
         model, result, rounds = polished(
             checkpoint, records, task, recipe, rewards=ensemble(identify), plan=how, seed=plan.seed, origin=teacher.digest,
             natural=naturalness(to_torch(teacher, dtype=best_dtype())), log=stage.folder / "rounds.jsonl",
-            progress=_steps(told, "polish"), state=stage.folder / "train.state",
+            progress=_steps(told, "polish"), state=state,
         )  # fmt: skip
-        model.write(path)
-        stage.finish({"recipe": recipe, "training": result, "rounds": rounds, "file_digest": model.digest})
+        _finish_training(stage, model, path, state, {"recipe": recipe, "training": result, "rounds": rounds})
     return path, _told(told, stage)
 
 
@@ -391,7 +384,7 @@ def _export(
     staging = out.with_name(out.name + ".part")
     shutil.rmtree(staging, ignore_errors=True)
     made_of = Checkpoint.read(student)
-    spared = None if plan.kind in PLAIN_KINDS else importance(made_of, _calibration(task, records, student)[:ENOUGH])
+    spared = None if plan.kind in PLAIN_KINDS else importance(made_of, _calibration(task, records[:ENOUGH], student))
     student_float, student_file = export(made_of, staging, name="student", kind=plan.kind, importance=spared)
     told("export", 0.5, plan.kind)
     teacher_float, teacher_file = export(Checkpoint.read(corrected), staging, name="teacher", kind=plan.teacher_kind)
@@ -408,6 +401,12 @@ def _export(
         path.replace(out / path.name)
     staging.rmdir()
     told("export", 1.0, "done")
+
+
+def _as_the_student(recipe: Recipe | None, plan: Plan) -> Recipe:
+    """A later stage's recipe: a ternary student stays one to the end."""
+    assert recipe is not None
+    return msgspec.structs.replace(recipe, ternary=plan.student.ternary)
 
 
 def _within(recipe: Recipe, seconds: float, accumulate: int) -> Recipe:

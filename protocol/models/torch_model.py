@@ -191,6 +191,12 @@ def block_forward(
     return x + _norm(layer.post_feedforward_layernorm, h)
 
 
+def body(model: Gemma3ForCausalLM, *, first: int = 0) -> list[nn.Parameter]:
+    """What training leaves free by default: blocks from `first` on and the final norm, all but the embedding."""
+    blocks = [parameter for layer in list(model.model.layers)[first:] for parameter in layer.parameters()]
+    return [*blocks, *model.model.norm.parameters()]
+
+
 def embed(model: Gemma3ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     """Scaled embeddings: ids (B, T) -> (B, T, hidden)."""
     return model.model.embed_tokens(ids)

@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from coordinator.forge.judging import regressions
 from coordinator.forge.judging.evaluation import Evaluation
 from coordinator.forge.judging.metrics import paired_ratio
 from coordinator.forge.judging.regressions import ALPHA, CHRF, Comparison
@@ -130,7 +131,7 @@ def loss(row: Comparison) -> str:
 
 def losses(rows: Sequence[Comparison]) -> list[str]:
     """What may be said of losses by category: each named one, and per model compared with, what "none" could hide."""
-    told = [loss(row) for row in sorted((row for row in rows if row.loss), key=lambda row: (row.p_holm, row.diff))]
+    told = [loss(row) for row in regressions.losses(rows)]
     for name in dict.fromkeys(row.against for row in rows):
         its = [row for row in rows if row.against == name]
         if not any(row.loss for row in its):

@@ -5,7 +5,7 @@ for rewards and policy ratios.
 Contexts are at most the sliding window (`protocol.models.torch_model.hidden_states`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,24 +20,36 @@ from protocol.models.torch_model import embed, hidden_states, logits_of
 
 BATCH_TOKENS = 2048  # with padding, a forward pass
 
+Predictions = Iterable[tuple[int, torch.Tensor]]  # place of an example, its logits at the target positions (n, V)
+
 
 def score(model: Gemma3ForCausalLM, examples: Sequence[Example], *, k: int, batch_tokens: int = BATCH_TOKENS) -> list[Targets]:
     """The model's top k and tail at every target token of each example, in their order."""
-    found: dict[int, Targets] = {}
-    for place, logits in predictions(model, examples, batch_tokens=batch_tokens):
-        ids, log_probs, tail = top_k(logits, k)
-        found[place] = Targets(ids.numpy(), log_probs.numpy(), tail.numpy())
-    return [found[place] for place in range(len(examples))]
+    return top_of(predictions(model, examples, batch_tokens=batch_tokens), k=k)
 
 
 def log_probs(
     model: Gemma3ForCausalLM, examples: Sequence[Example], *, temperature: float = 1.0, batch_tokens: int = BATCH_TOKENS
 ) -> list[torch.Tensor]:
     """log softmax(logits / temperature) of each target token, (n,) an example, nats, in their order."""
+    return likelihood_of(predictions(model, examples, batch_tokens=batch_tokens), examples, temperature=temperature)
+
+
+def top_of(predicted: Predictions, *, k: int) -> list[Targets]:
+    """The k likeliest tokens and the log of the mass outside, example by example."""
+    found: dict[int, Targets] = {}
+    for place, logits in predicted:
+        ids, log_probs, tail = top_k(logits, k)
+        found[place] = Targets(ids.numpy(), log_probs.numpy(), tail.numpy())
+    return [found[place] for place in sorted(found)]
+
+
+def likelihood_of(predicted: Predictions, examples: Sequence[Example], *, temperature: float = 1.0) -> list[torch.Tensor]:
+    """log softmax(logits / temperature) of every target token, (n,) an example, example by example."""
     found: dict[int, torch.Tensor] = {}
-    for place, logits in predictions(model, examples, batch_tokens=batch_tokens):
-        found[place] = -F.cross_entropy(logits / temperature, torch.tensor(examples[place].target), reduction="none")
-    return [found[place] for place in range(len(examples))]
+    for place, logits in predicted:
+        found[place] = -F.cross_entropy(logits.float() / temperature, torch.tensor(examples[place].target), reduction="none")
+    return [found[place] for place in sorted(found)]
 
 
 @torch.no_grad()

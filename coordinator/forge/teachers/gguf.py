@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 
 from coordinator.forge.targets.cache import Targets
+from coordinator.forge.targets.score import likelihood_of, top_of
 from coordinator.forge.teachers import CONTEXT, Said, check_request
-from coordinator.forge.teachers.sampling import check_examples, chosen_log_probs, likelihood_of, to_said, top_of
+from coordinator.forge.teachers.sampling import check_examples, chosen_log_probs, to_said
 from protocol.digests import digest_file
 from protocol.errors import BadInput, NotEnough, TooLarge, Unavailable
 from protocol.models.engine import load_weights
@@ -98,7 +99,7 @@ class GgufTeacher:
 
     def log_probs(self, examples: Sequence[Example]) -> list[NDArray[np.float32]]:
         """See `Teacher`."""
-        return likelihood_of(self._predictions(examples), examples)
+        return [one.numpy() for one in likelihood_of(self._predictions(examples), examples)]
 
     def close(self) -> None:
         """Free the memory. A second call does nothing."""

@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from coordinator.forge.targets.cache import Targets
-from coordinator.forge.targets.score import predictions
+from coordinator.forge.targets.score import Predictions, likelihood_of, predictions, top_of
 from coordinator.forge.teachers import Said, check_request
-from coordinator.forge.teachers.sampling import Predictions, check_examples, chosen_log_probs, likelihood_of, to_said, top_of
+from coordinator.forge.teachers.sampling import check_examples, chosen_log_probs, to_said
 from protocol.digests import digest_file, digest_value
 from protocol.errors import BadInput, TooLarge, Unavailable
 from protocol.models.checkpoint import Checkpoint
@@ -72,7 +72,7 @@ class _TorchTeacher:
 
     def log_probs(self, examples: Sequence[Example]) -> list[NDArray[np.float32]]:
         """See `Teacher`."""
-        return likelihood_of(self._checked(examples), examples)
+        return [one.numpy() for one in likelihood_of(self._checked(examples), examples)]
 
     def _checked(self, examples: Sequence[Example]) -> Predictions:
         self._need_open()

@@ -1,18 +1,12 @@
-"""What open teachers share: from drawn tokens to an answer, and from logits at the targets to what a target cache keeps."""
+"""What open teachers share: from drawn tokens to an answer, and what they can read."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from coordinator.forge.targets.cache import Targets
 from coordinator.forge.teachers import Said
-from coordinator.forge.training.losses import top_k
 from protocol.errors import BadInput, TooLarge
 from protocol.models.tokenizer import Example
-
-Predictions = Iterable[tuple[int, torch.Tensor]]  # place of an example, its logits at the target positions (n, V)
 
 
 def to_said(tokens: Sequence[int], log_prob: float, decode: Callable[[Sequence[int]], str], ends: Collection[int]) -> Said:
@@ -26,23 +20,6 @@ def chosen_log_probs(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor
     """log p of the chosen tokens at temperature 1: logits (rows, V), chosen (rows,) -> (rows,)."""
     logits = logits.float()
     return logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(-1)
-
-
-def top_of(predictions: Predictions, *, k: int) -> list[Targets]:
-    """The k likeliest tokens and the log of the mass outside, example by example."""
-    found: dict[int, Targets] = {}
-    for place, logits in predictions:
-        ids, log_probs, tail = top_k(logits, k)
-        found[place] = Targets(ids.numpy(), log_probs.numpy(), tail.numpy())
-    return [found[place] for place in sorted(found)]
-
-
-def likelihood_of(predictions: Predictions, examples: Sequence[Example]) -> list[NDArray[np.float32]]:
-    """log p of every target token, example by example."""
-    found: dict[int, NDArray[np.float32]] = {}
-    for place, logits in predictions:
-        found[place] = chosen_log_probs(logits, torch.tensor(examples[place].target)).numpy()
-    return [found[place] for place in sorted(found)]
 
 
 def check_examples(examples: Sequence[Example], *, vocabulary: int, room: int) -> None:

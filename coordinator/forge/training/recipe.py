@@ -21,7 +21,7 @@ from protocol.models.checkpoint import Checkpoint, encode_tensor
 from protocol.models.feed import Epochs, Feed
 from protocol.models.lora import ALL_MODULES, Factors, attach, detach, initial_adapter
 from protocol.models.tokenizer import Example
-from protocol.models.torch_model import best_dtype, from_torch, to_torch
+from protocol.models.torch_model import best_dtype, body, from_torch, to_torch
 from protocol.models.training import Loss, Step, TrainResult, cross_entropy, train
 
 
@@ -120,8 +120,7 @@ def trained_by(
         return folded(checkpoint, unpack(detach(model, header), header), dict.fromkeys(factors, scale)), result
     if recipe.ternary:
         make_ternary(model)
-    free = [p for number, layer in enumerate(model.model.layers) if number >= recipe.first_block for p in layer.parameters()]
-    result = run([*free, *model.model.norm.parameters()])
+    result = run(body(model, first=recipe.first_block))
     if recipe.ternary:
         settle(model)
     return from_torch(model.float(), checkpoint), result
