@@ -33,7 +33,7 @@ from coordinator.forge.teachers import asked, open_teacher
 from protocol.models.checkpoint import Checkpoint
 from protocol.models.feed import Epochs
 from protocol.models.tokenizer import Tokenizer, make_example
-from protocol.models.torch_model import best_dtype, from_torch, to_torch, use_threads
+from protocol.models.torch_model import best_dtype, body, from_torch, to_torch, use_threads
 from protocol.models.training import train
 from protocol.tasks import Record
 
@@ -65,15 +65,11 @@ class Arms:
         with Tokenizer(start) as text:
             examples = [make_example(text, TRANSLATION, record) for record in records]
         model = to_torch(checkpoint, dtype=best_dtype())
-        free = [*(p for layer in model.model.layers for p in layer.parameters()), *model.model.norm.parameters()]
         limit = {"steps": SPARE_STEPS} if self.settings.quick else {"seconds": self.seconds}
-        train(
-            model, Epochs(examples, batch_tokens=BATCH_TOKENS, seed=self.settings.seed), learning_rate=RATE,
-            parameters=[*free, *(model.model.embed_tokens.parameters() if embedding else ())], state=path.with_suffix(".state"), **limit,
-        )  # fmt: skip
-        part = path.with_suffix(".part")
-        from_torch(model.float(), checkpoint, embedding="F16" if embedding else None).write(part)
-        part.replace(path)
+        free = [*body(model), *(model.model.embed_tokens.parameters() if embedding else ())]
+        feed = Epochs(examples, batch_tokens=BATCH_TOKENS, seed=self.settings.seed)
+        train(model, feed, learning_rate=RATE, parameters=free, state=path.with_suffix(".state"), **limit)
+        from_torch(model.float(), checkpoint, embedding="F16" if embedding else None).write(path)
         path.with_suffix(".state").unlink(missing_ok=True)
         return path
 

@@ -3,8 +3,9 @@
 naive loop                 fresh answers of the student, live teacher, TRL's dense generalised JSD           (goal 5x)
 live teacher, dense KL     the batch's own targets, live teacher, forward KL over the whole vocabulary       (goal 2x)
 
-All arms take the same batches in turn and one optimiser step each; process CPU time, medians, and the ratio batch by batch. A baseline is
-measured in float32 and under bfloat16 autocast, and the faster one counts. As a bound, the live teacher inside our own loop is told too.
+All arms take the same batches, one arm after the other, and one optimiser step each; process CPU time, medians, and the ratio batch by
+batch. A baseline is measured in float32 and under bfloat16 autocast, and the faster one counts. As a bound, the live teacher inside our own
+loop is told too.
 """
 
 import itertools
@@ -16,17 +17,17 @@ from typing import Any
 
 import torch
 
-from bench.naive import Naive, lesson
+from bench.naive import Naive, lesson, live
 from bench.settings import Settings
 from coordinator.forge.targets.cache import TargetCache
 from coordinator.forge.targets.capture import header_of
 from coordinator.forge.targets.score import views
 from coordinator.forge.training.objective import distillation_loss
 from protocol.models.checkpoint import Checkpoint
-from protocol.models.feed import Batch, Epochs
+from protocol.models.feed import Epochs
 from protocol.models.tokenizer import Example
-from protocol.models.torch_model import best_dtype, embed, hidden_states, logits_of, to_torch
-from protocol.models.training import Loss, Step, View, train
+from protocol.models.torch_model import best_dtype, body, to_torch
+from protocol.models.training import Loss, Step, train
 
 BATCH_TOKENS = 512
 TURNS = 10
@@ -67,7 +68,6 @@ def against(spent: dict[str, list[float]], name: str) -> dict[str, Any]:
 def ours(student: Checkpoint, examples: Sequence[Example], loss: Loss, batches: Sequence[tuple[int, list[int]]], seed: int) -> list[float]:
     """CPU-seconds of each whole step of our loop, reading the cache and making the batch included."""
     model = to_torch(student, dtype=best_dtype())
-    free = [*(p for layer in model.model.layers for p in layer.parameters()), *model.model.norm.parameters()]
     marks: list[float] = []
 
     def progress(_: Step) -> None:
@@ -75,7 +75,7 @@ def ours(student: Checkpoint, examples: Sequence[Example], loss: Loss, batches: 
 
     feed = Epochs(examples, batch_tokens=BATCH_TOKENS, seed=seed)
     marks.append(time.process_time())
-    train(model, feed, parameters=free, learning_rate=1e-4, loss=loss, steps=len(batches), progress=progress)
+    train(model, feed, parameters=body(model), learning_rate=1e-4, loss=loss, steps=len(batches), progress=progress)
     return [after - before for before, after in itertools.pairwise(marks)]
 
 
@@ -88,18 +88,6 @@ def scored(folder: Path, teacher: Checkpoint, examples: Sequence[Example]) -> Ta
             cache.put(one, view)
         cache.sync()
     return cache
-
-
-def live(teacher: Checkpoint) -> Loss:
-    """Dense forward KL to a teacher that runs in every step, at the predicting positions only: the strongest such loop we know."""
-    model = to_torch(teacher, dtype=best_dtype())
-
-    def loss(view: View, batch: Batch) -> torch.Tensor:
-        with torch.no_grad():
-            theirs = logits_of(model, hidden_states(model, embed(model, batch.ids), at=(batch.rows, batch.columns))).float().log_softmax(-1)
-        return torch.nn.functional.kl_div(view.logits.log_softmax(-1), theirs, log_target=True, reduction="batchmean")
-
-    return loss
 
 
 def size(checkpoint: Checkpoint) -> int:

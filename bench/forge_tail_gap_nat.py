@@ -20,19 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.naive import live
 from bench.settings import TRANSLATION, Settings
 from coordinator.forge.students.cut import evenly
 from coordinator.forge.targets.cache import TargetCache, Targets
 from coordinator.forge.targets.capture import capture, header_of
 from coordinator.forge.targets.score import log_probs
-from coordinator.forge.training.losses import kl
 from coordinator.forge.training.objective import Objective, read_head
 from coordinator.forge.training.recipe import Recipe, trained
 from protocol.models.checkpoint import Checkpoint
-from protocol.models.feed import Batch
 from protocol.models.tokenizer import Example, Tokenizer, make_example
-from protocol.models.torch_model import best_dtype, embed, hidden_states, logits_of, to_torch
-from protocol.models.training import Loss, View
+from protocol.models.torch_model import best_dtype, to_torch
+from protocol.models.training import Loss
 from protocol.tasks import Record
 
 KEY = "tail_gap_nat"
@@ -84,10 +83,8 @@ class Bench:
             base = Checkpoint.read(self.settings.trimmed())
             steps = 3 if self.settings.quick else CORRECTED_STEPS
             recipe = Recipe(mode="full", learning_rate=3e-4, first_block=base.blocks // 2, steps=steps)
-            part = made.with_name("teacher.part.gguf")
             examples = self._examples(Path(str(base.path)), self.records("train", 3 * PAIRS, skip=PAIRS))
-            trained(base, examples, recipe, seed=self.settings.seed)[0].write(part)
-            part.replace(made)
+            trained(base, examples, recipe, seed=self.settings.seed)[0].write(made)
         return Checkpoint.read(made)
 
     @cached_property
@@ -159,18 +156,6 @@ class Bench:
 
     def _cached(self, folder: str, *, head: torch.Tensor | None = None) -> Objective:
         return Objective({"kl": 1.0}, self.examples, cache=TargetCache.open(self.folder / folder), head=head)
-
-
-def live(teacher: Checkpoint) -> Loss:
-    """KL to the whole distribution of a teacher that runs beside the student."""
-    model = to_torch(teacher, dtype=best_dtype())
-
-    def loss(view: View, batch: Batch) -> torch.Tensor:
-        with torch.no_grad():
-            logits = logits_of(model, hidden_states(model, embed(model, batch.ids), at=(batch.rows, batch.columns))).float()
-        return kl(logits.log_softmax(-1), view.logits.log_softmax(-1)).mean()
-
-    return loss
 
 
 def without_tail(source: Path, target: Path, examples: list[Example]) -> str:

@@ -9,12 +9,11 @@ from typing import Any
 
 import msgspec
 
-from bench.kept import answered, distilled, share
+from bench.kept import answered, distilled, share, shown
 from bench.settings import TRANSLATION, Settings
 from coordinator.forge.judging.evaluation import Evaluation, evaluate_texts, few_shot, paired_bootstrap
 from coordinator.forge.judging.peers import apertium
 from coordinator.forge.pairs import read_pairs
-from coordinator.forge.teachers.gguf import GgufTeacher
 from protocol.tasks import Record
 
 CPU_S = 6 * 3600.0
@@ -62,15 +61,7 @@ def few(settings: Settings, records: Sequence[Record]) -> list[str]:
     """The uncorrected teacher with examples shown; its vocabulary is the corrected one's, trimmed."""
     base = next((settings.folder(KEY) / "stages").glob("trim-*/trimmed.gguf"))
     shots = few_shot(TRANSLATION, settings.pairs("dev", SHOTS))
-    with GgufTeacher(base) as teacher:
-        said = teacher.generate(
-            [shots.prompt(record) for record in records],
-            n=1,
-            temperature=0.0,
-            seed=settings.seed,
-            max_new_tokens=TRANSLATION.max_new_tokens,
-        )
-    return [one[0].text.strip() for one in said]
+    return shown(base, shots, records, seed=settings.seed)
 
 
 def brief(evaluation: Evaluation) -> dict[str, Any]:

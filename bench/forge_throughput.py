@@ -18,7 +18,7 @@ from bench.settings import TRANSLATION, Settings
 from protocol.models.checkpoint import Checkpoint
 from protocol.models.feed import Batch, Epochs
 from protocol.models.tokenizer import Example, Tokenizer, make_example
-from protocol.models.torch_model import best_dtype, to_torch
+from protocol.models.torch_model import best_dtype, body, to_torch
 from protocol.models.training import Step, View, cross_entropy, train
 
 BATCH_TOKENS = 512  # a recipe's default
@@ -56,11 +56,6 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 def quartiles(values: Sequence[float]) -> list[float]:
     return [value for at, value in enumerate(statistics.quantiles(values, n=4)) if at != 1] if len(values) > 1 else [*values, *values]
-
-
-def body(model: Gemma3ForCausalLM) -> list[torch.nn.Parameter]:
-    """All but the embedding, which is frozen in all our training."""
-    return [*(p for layer in model.model.layers for p in layer.parameters()), *model.model.norm.parameters()]
 
 
 class Plain:

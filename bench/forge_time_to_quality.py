@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import Gemma3ForCausalLM
 
-from bench.naive import small_of
 from bench.settings import TRANSLATION, Settings
+from bench.student import cut_evenly
 from bench.trl_loop import FIRST_LOOK, TRAINERS, Setting, Watch
 from coordinator.forge.judging.metrics import sentence_chrf
 from coordinator.forge.students.trim import trim
@@ -30,7 +30,7 @@ from coordinator.ranch import site_named
 from protocol.models.checkpoint import Checkpoint
 from protocol.models.feed import Epochs
 from protocol.models.tokenizer import Tokenizer, make_example
-from protocol.models.torch_model import best_dtype, generate, to_torch
+from protocol.models.torch_model import best_dtype, body, generate, to_torch
 from protocol.models.training import Step, train
 from protocol.tasks import RANCH, Record, Task
 
@@ -39,6 +39,7 @@ TRAIN, DEV = 12_000, 200  # records to learn from; records judged on
 TEACHER_S = 1_200.0  # of correction
 CAPTURED = 1_500  # sources the teacher answers for ours; it learns the others from their own targets
 STEPS, RATE, ALPHA = 1_500, 5e-4, 0.1  # ours
+CALIBRATED_ON = 128  # examples that the student is cut out by
 JUDGED_TOGETHER = 50  # prompts a batch
 
 
@@ -102,9 +103,7 @@ class Lesson:
     def file(self, name: str, make: Any) -> Path:
         path = self.folder / name
         if not path.is_file():
-            part = path.with_name(name + ".part")
-            make().write(part)
-            part.replace(path)
+            make().write(path)
         return path
 
     def corrected(self) -> Checkpoint:
@@ -112,9 +111,7 @@ class Lesson:
         trimmed = self.folder / "trimmed.gguf"
         texts = [text for one in self.train for text in (self.task.prompt(one), self.task.target(one))]
         if not trimmed.is_file():
-            part = trimmed.with_name(trimmed.name + ".part")
-            trim(self.settings.base(), [*texts, self.task.template], part)
-            part.replace(trimmed)
+            trim(self.settings.base(), [*texts, self.task.template], trimmed)
         with Tokenizer(trimmed) as tokenizer:
             examples = [make_example(tokenizer, self.task, record) for record in self.train]
         checkpoint = Checkpoint.read(trimmed)
@@ -124,8 +121,8 @@ class Lesson:
 
     def cut(self) -> Checkpoint:
         with Tokenizer(self.teacher) as tokenizer:
-            examples = [make_example(tokenizer, self.task, record) for record in self.train[:200]]
-        return small_of(Checkpoint.read(self.teacher), examples, quick=self.settings.quick)
+            examples = [make_example(tokenizer, self.task, record) for record in self.train[:CALIBRATED_ON]]
+        return cut_evenly(Checkpoint.read(self.teacher), examples, quick=self.settings.quick)
 
     def judge(self, model: Gemma3ForCausalLM) -> float:
         """Mean sentence chrF in [0, 1], or the share of right verdicts, on the dev records."""
@@ -164,13 +161,12 @@ class Lesson:
             log, result = capture(source, tokenizer, self.task, asked, cache=cache, log=folder / "log.jsonl")
         capture_s = watch.elapsed
         examples = [*examples_of(log), *self.examples[captured:]]
-        free = [*(p for layer in model.model.layers for p in layer.parameters()), *model.model.norm.parameters()]
 
         def progress(_: Step) -> None:
             watch.tick()
 
         train(
-            model, Epochs(examples, seed=self.settings.seed, batch_tokens=512), parameters=free, learning_rate=RATE, steps=steps,
+            model, Epochs(examples, seed=self.settings.seed, batch_tokens=512), parameters=body(model), learning_rate=RATE, steps=steps,
             loss=distillation_loss(examples, cache=cache, alpha=ALPHA), progress=progress,
         )  # fmt: skip
         watch.look()

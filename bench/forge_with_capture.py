@@ -12,11 +12,11 @@ from bench.forge_step import BATCH_TOKENS, cpu_seconds
 from bench.naive import Naive, lesson
 from bench.settings import TRANSLATION, Settings
 from coordinator.forge.targets.cache import TargetCache
-from coordinator.forge.targets.capture import capture, examples_of, header_of
+from coordinator.forge.targets.capture import capture, examples_of, header_of, read_log
 from coordinator.forge.training.objective import distillation_loss
 from protocol.models.feed import Epochs
 from protocol.models.tokenizer import Tokenizer
-from protocol.models.torch_model import best_dtype, to_torch
+from protocol.models.torch_model import best_dtype, body, to_torch
 from protocol.models.training import train
 
 EPOCHS = 5
@@ -39,17 +39,12 @@ def measure(settings: Settings) -> dict[str, Any]:
 
     capture_s = settings.kept("with_capture", "capture", captured)["cpu_s"]
     cache = TargetCache.open(folder)
-    with Tokenizer(settings.trimmed()) as tokenizer:
-        model = to_torch(teacher, dtype=best_dtype())
-        log, _ = capture(model, tokenizer, TRANSLATION, records, cache=cache, log=folder / "log.jsonl")  # all there: reads it
-    del model
-    examples = examples_of(log)
+    examples = examples_of(read_log(folder / "log.jsonl"))
 
     def trained() -> dict[str, Any]:
         pupil = to_torch(student, dtype=best_dtype())
-        free = [*(p for layer in pupil.model.layers for p in layer.parameters()), *pupil.model.norm.parameters()]
         feed, loss = Epochs(examples, batch_tokens=BATCH_TOKENS, seed=settings.seed), distillation_loss(examples, cache=cache, alpha=0.5)
-        return {"cpu_s": cpu_seconds(lambda: train(pupil, feed, parameters=free, learning_rate=1e-4, loss=loss, epochs=EPOCHS))}
+        return {"cpu_s": cpu_seconds(lambda: train(pupil, feed, parameters=body(pupil), learning_rate=1e-4, loss=loss, epochs=EPOCHS))}
 
     training_s = settings.kept("with_capture", "training", trained)["cpu_s"]
     cache.close()

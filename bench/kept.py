@@ -13,9 +13,11 @@ from bench.settings import Settings
 from coordinator.forge.judging.evaluation import Evaluation, evaluate
 from coordinator.forge.judging.metrics import paired_ratio
 from coordinator.forge.pipeline import Budget, Forged, Plan, forge
+from coordinator.forge.teachers.gguf import GgufTeacher
 from coordinator.forge.training.recipe import Recipe
 from protocol.tasks import Record, Task
 
+TOGETHER = 100  # prompts
 LEAST_S = 10.0  # the smallest budget there is
 
 
@@ -41,6 +43,20 @@ def answered(settings: Settings, key: str, name: str, model: Path, records: Sequ
     """The file's answers, judged, and kept."""
     made = settings.kept(key, name, lambda: evaluate(model, records, task, threads=settings.threads))
     return msgspec.convert(made, Evaluation)
+
+
+def shown(
+    model: Path, shots: Task, records: Sequence[Record], *, seed: int, told: Callable[[int, int], None] = lambda done, total: None
+) -> list[str]:
+    """Greedy answers after the solved examples of `shots` (`few_shot`), which are read once. Many share a pass: no figure of speed."""
+    texts: list[str] = []
+    with GgufTeacher(model) as teacher:
+        for begin in range(0, len(records), TOGETHER):
+            prompts = [shots.prompt(record) for record in records[begin : begin + TOGETHER]]
+            said = teacher.generate(prompts, n=1, temperature=0.0, seed=seed, max_new_tokens=shots.max_new_tokens)
+            texts += [one[0].text.strip() for one in said]
+            told(len(texts), len(records))
+    return texts
 
 
 def share(values: Callable[[Evaluation], Sequence[float]], teacher: Evaluation, student: Evaluation, *, seed: int) -> dict[str, Any]:

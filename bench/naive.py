@@ -12,14 +12,16 @@ import torch
 from transformers import Gemma3ForCausalLM
 
 from bench.settings import TRANSLATION, Settings
-from coordinator.forge.students.cut import cut_student, evenly, preset
+from bench.student import small
+from coordinator.forge.training.losses import kl
 from protocol.models.checkpoint import Checkpoint
+from protocol.models.feed import Batch
 from protocol.models.tokenizer import Example, Tokenizer, make_example
-from protocol.models.torch_model import to_torch
+from protocol.models.torch_model import best_dtype, embed, hidden_states, logits_of, to_torch
+from protocol.models.training import Loss, View
 
 BETA, TEMPERATURE = 0.5, 0.9  # GKDConfig's defaults
 IGNORED = -100
-CALIBRATION = 128  # examples that the student is cut out by
 
 
 class Naive:
@@ -92,17 +94,16 @@ def lesson(settings: Settings, count: int) -> tuple[Checkpoint, Checkpoint, list
     with Tokenizer(path) as tokenizer:
         examples = [make_example(tokenizer, TRANSLATION, record) for record in settings.pairs("train", count)]
         eos = tokenizer.eos
-    teacher = Checkpoint.read(path)
-    file = settings.folder("shared") / "small-f16.gguf"
-    if not file.is_file():
-        part = file.with_name(file.name + ".part")
-        small_of(teacher, examples, quick=settings.quick).write(part)
-        part.replace(file)
-    return teacher, Checkpoint.read(file), examples, eos
+    return Checkpoint.read(path), Checkpoint.read(small(settings)), examples, eos
 
 
-def small_of(teacher: Checkpoint, examples: Sequence[Example], *, quick: bool) -> Checkpoint:
-    if quick:
-        return teacher.keep_blocks(evenly(teacher.blocks, 2))
-    wanted = preset("small")
-    return cut_student(teacher, wanted, examples[:CALIBRATION], blocks=evenly(teacher.blocks, wanted.blocks))[0]
+def live(teacher: Checkpoint) -> Loss:
+    """Dense forward KL to a teacher that runs in every step, at the predicting positions only: the strongest such loop we know."""
+    model = to_torch(teacher, dtype=best_dtype())
+
+    def loss(view: View, batch: Batch) -> torch.Tensor:
+        with torch.no_grad():
+            logits = logits_of(model, hidden_states(model, embed(model, batch.ids), at=(batch.rows, batch.columns))).float()
+        return kl(logits.log_softmax(-1), view.logits.log_softmax(-1)).mean()
+
+    return loss

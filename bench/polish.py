@@ -145,9 +145,7 @@ def made(setting: Setting, arm: str) -> Path:
             seed=setting.seed, origin=str(setting.teacher), state=state,
         )  # fmt: skip
     write_atomically(folder / "training.json", msgspec.json.encode(report))
-    part = path.with_name(path.name + ".part")
-    model.write(part)
-    part.replace(path)
+    model.write(path)
     state.unlink(missing_ok=True)
     return path
 

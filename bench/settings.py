@@ -72,9 +72,7 @@ class Settings(msgspec.Struct, frozen=True):
         if not path.is_file():
             records = self.pairs("train", COUNTED)
             texts = [text for one in records for text in (TRANSLATION.prompt(one), TRANSLATION.target(one))]
-            part = path.with_name(path.name + ".part")
-            trim(self.base(), [*texts, TRANSLATION.template], part)
-            part.replace(path)
+            trim(self.base(), [*texts, TRANSLATION.template], path)
         return path
 
 
@@ -82,7 +80,5 @@ def _tiny(path: Path) -> Path:
     from tests.tiny import tiny_checkpoint
 
     if not path.is_file():
-        part = path.with_name(path.name + ".part")
-        tiny_checkpoint(layers=4, kind="F16").write(part)
-        part.replace(path)
+        tiny_checkpoint(layers=4, kind="F16").write(path)
     return path

@@ -1,11 +1,12 @@
 """The untrained `small` student that size and speed are measured on: neither depends on what its weights have learned."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.settings import TRANSLATION, Settings
 from coordinator.forge.students.cut import Preset, cut_student, evenly, preset
 from protocol.models.checkpoint import Checkpoint
-from protocol.models.tokenizer import Tokenizer, make_example
+from protocol.models.tokenizer import Example, Tokenizer, make_example
 
 CALIBRATED_ON = 16  # examples
 QUICK = Preset("quick", blocks=2, hidden=32, feed_forward=64, heads=1)
@@ -15,9 +16,14 @@ def small(settings: Settings) -> Path:
     """The student's F16 file, made once for all measures."""
     path = settings.folder("shared") / "small-f16.gguf"
     if not path.is_file():
-        teacher, wanted = settings.trimmed(), QUICK if settings.quick else preset("small")
-        checkpoint = Checkpoint.read(teacher)
+        teacher = settings.trimmed()
         with Tokenizer(teacher) as tokenizer:
             examples = [make_example(tokenizer, TRANSLATION, record) for record in settings.pairs("dev", CALIBRATED_ON)]
-        cut_student(checkpoint, wanted, examples, blocks=evenly(checkpoint.blocks, wanted.blocks))[0].write(path)
+        cut_evenly(Checkpoint.read(teacher), examples, quick=settings.quick).write(path)
     return path
+
+
+def cut_evenly(teacher: Checkpoint, examples: Sequence[Example], *, quick: bool) -> Checkpoint:
+    """The `small` student of a teacher, its blocks evenly spread: the same for all that are compared."""
+    wanted = QUICK if quick else preset("small")
+    return cut_student(teacher, wanted, examples, blocks=evenly(teacher.blocks, wanted.blocks))[0]

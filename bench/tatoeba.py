@@ -21,12 +21,12 @@ from typing import Any
 
 import msgspec
 
+from bench.kept import shown
 from bench.result import write
 from coordinator.forge.judging import calibrate, evidence, peers
 from coordinator.forge.judging.evaluation import Evaluation, evaluate, evaluate_texts, few_shot, paired_bootstrap
 from coordinator.forge.judging.metrics import paired_difference, sentence_chrf
 from coordinator.forge.pairs import read_pairs
-from coordinator.forge.teachers.gguf import GgufTeacher
 from deploy import loop
 from deploy.fleet import LocalFleet
 from deploy.processes import Processes
@@ -115,14 +115,7 @@ class Run:
         return evaluate_texts(answers.texts, records, TASK, name=f"{answers.name} {answers.version}")
 
     def few_shot(self, model: Path, test: Sequence[Record], shots: Task) -> Evaluation:
-        """Greedy, the examples before every prompt read once; several answers share a pass, so there is no figure of speed."""
-        texts: list[str] = []
-        with GgufTeacher(model) as teacher:
-            for begin in range(0, len(test), 100):
-                prompts = [shots.prompt(record) for record in test[begin : begin + 100]]
-                said = teacher.generate(prompts, n=1, temperature=0.0, seed=self.seed, max_new_tokens=TASK.max_new_tokens)
-                texts += [one[0].text.strip() for one in said]
-                tell(len(texts), len(test))
+        texts = shown(model, shots, test, seed=self.seed, told=tell)
         return evaluate_texts(texts, test, TASK, name=f"{model.name}, {SHOTS} examples shown")
 
     def sites(self) -> dict[str, Any]:

@@ -74,6 +74,16 @@ def id_tokenizer(size: int, *, eos: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=found, eos_token=str(eos), pad_token="0", unk_token="3", padding_side="left")
 
 
+def options(setting: Setting, **longest: int) -> dict[str, Any]:
+    """What a trainer's configuration is given besides its defaults; `longest` names its own limit of new tokens."""
+    if setting == "default":
+        return {"bf16": False}
+    return {
+        "bf16": True, "learning_rate": TUNED_RATE, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20,
+        "per_device_train_batch_size": ROWS, "gradient_checkpointing": False, "max_steps": 1_000_000, **longest,
+    }  # fmt: skip
+
+
 def gkd(
     student: Gemma3ForCausalLM, teacher: Gemma3ForCausalLM, examples: Sequence[Example], setting: Setting, *, out: Path, watch: Watch,
     eos: int, longest: int, seed: int,
@@ -82,12 +92,7 @@ def gkd(
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    chosen: dict[str, Any] = {"bf16": False}
-    if setting == "tuned":
-        chosen = {
-            "bf16": True, "learning_rate": TUNED_RATE, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20,
-            "per_device_train_batch_size": ROWS, "gradient_checkpointing": False, "max_new_tokens": longest, "max_steps": 1_000_000,
-        }  # fmt: skip
+    chosen = options(setting, max_new_tokens=longest)
 
     def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         ids, mask, labels = padded([Example(row["prompt"], row["target"]) for row in rows])
@@ -114,12 +119,7 @@ def distillation(
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
-    chosen: dict[str, Any] = {"bf16": False}
-    if setting == "tuned":
-        chosen = {
-            "bf16": True, "learning_rate": TUNED_RATE, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20,
-            "per_device_train_batch_size": ROWS, "gradient_checkpointing": False, "max_completion_length": longest, "max_steps": 1_000_000,
-        }  # fmt: skip
+    chosen = options(setting, max_completion_length=longest)
     config = DistillationConfig(
         output_dir=str(out), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, seed=seed, **chosen
     )

@@ -40,7 +40,7 @@ def capture(
 
         milpa-coordinator capture --teacher teacher.gguf --pairs train.tsv --answers teacher --shard 0/4 --out cache --json
     """
-    from coordinator.forge.pairs import read_pairs, read_records
+    from coordinator.forge.pairs import read_either
     from coordinator.forge.sharing import Worker
     from coordinator.forge.targets.cache import TargetCache
     from coordinator.forge.targets.capture import capture as captured
@@ -48,17 +48,11 @@ def capture(
     from protocol.models.checkpoint import Checkpoint
     from protocol.models.tokenizer import Tokenizer
     from protocol.models.torch_model import best_dtype, to_torch, use_threads
-    from protocol.tasks import task_named, translation
 
-    if (pairs is None) == (records is None):
-        raise BadInput("say what to capture: either --pairs FILE.tsv or --task NAME --records FILE.jsonl")
-    if records is not None and task is None:
-        raise BadInput("--records needs --task, such as --task ranch")
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out} is a file; name a folder")
     worker = Worker.named(shard)
-    wanted = translation(source, target) if pairs is not None else task_named(str(task))
-    found = read_pairs(pairs, wanted, limit=limit) if pairs is not None else read_records(Path(str(records)), wanted, limit=limit)
+    wanted, found = read_either(pairs, source, target, task, records, limit=limit, to="capture")
     use_threads(threads)
     checkpoint = Checkpoint.read(teacher)
     header = header_of(checkpoint, mode=mode, k=k, temperature=temperature)

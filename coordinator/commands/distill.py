@@ -46,26 +46,20 @@ def distill(
 
         accelerate launch --multi_gpu --num_processes 2 -m coordinator.cli distill --pairs train.tsv --out model --accumulate 2
     """
-    from coordinator.forge.pairs import read_pairs, read_records
+    from coordinator.forge.pairs import read_either
     from coordinator.forge.pipeline import Budget, Plan, forge
     from coordinator.forge.students.cut import preset
     from coordinator.forge.students.export import DEFAULT_KIND, KINDS
     from coordinator.forge.training import scale
     from coordinator.forge.training.recipe import Recipe
     from protocol.names import known
-    from protocol.tasks import task_named, translation
 
     if student is not None:
         preset(student)
     if kind is not None:
         known(kind, KINDS, what="file type")
-    if (pairs is None) == (records is None):
-        raise BadInput("say what to learn from: either --pairs FILE.tsv or --task NAME --records FILE.jsonl")
-    if records is not None and task is None:
-        raise BadInput("--records needs --task, such as --task ranch")
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out} is a file; name a folder")
-    wanted = translation(source, target) if pairs is not None else task_named(str(task))
     if ternary and student is None:
         raise BadInput("--ternary needs --student small, tiny or nano: rows of the teacher's width do not fit its blocks of 256 weights")
     plan = Plan(
@@ -80,7 +74,7 @@ def distill(
         student=Recipe(mode="full", learning_rate=5e-4, ternary=ternary),
         kind=kind or ("TQ2_0" if ternary else "Q4_K_M" if student else DEFAULT_KIND),
     )
-    found = read_pairs(pairs, wanted, limit=limit) if pairs is not None else read_records(Path(str(records)), wanted, limit=limit)
+    wanted, found = read_either(pairs, source, target, task, records, limit=limit, to="learn from")
 
     with progress_bar() as bar:
         lines = {}

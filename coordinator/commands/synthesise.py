@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from coordinator.forge.synthesis.scoring import Back
     from coordinator.forge.teachers import Teacher
     from protocol.models.tokenizer import Tokenizer
-    from protocol.tasks import Record, Task
+    from protocol.tasks import Task
 
 
 def synthesise(
@@ -61,6 +61,7 @@ def synthesise(
 
         milpa-coordinator synthesise --teacher teacher.gguf --task ranch --records new.jsonl --audit other.gguf --out rows.jsonl --json
     """
+    from coordinator.forge.pairs import read_either
     from coordinator.forge.sharing import Worker
     from coordinator.forge.synthesis import sampling
     from coordinator.forge.synthesis.language import identify
@@ -72,7 +73,7 @@ def synthesise(
         raise BadInput("--generic needs --targets FILE: that is the file they are mixed into")
     plan = sampling.Plan(samples=samples, temperature=temperature, keep=min(keep, samples), seed=seed).checked()
     worker = Worker.named(shard)
-    wanted, found = sources(pairs, source, target, task, records, limit)
+    wanted, found = read_either(pairs, source, target, task, records, limit=limit, to="answer")
     with contextlib.ExitStack() as stack:
         asked = stack.enter_context(contextlib.closing(open_teacher(teacher, threads=threads, vocabulary=vocabulary)))
         text = tokenizer_of(stack, asked, teacher, vocabulary)
@@ -96,26 +97,6 @@ def synthesise(
         print_json(figures)
     else:
         show(figures)
-
-
-def sources(
-    pairs: Path | None, source: str, target: str, task: str | None, records: Path | None, limit: int | None
-) -> tuple["Task", list["Record"]]:
-    """The task and its records, from either kind of file.
-
-    Raises:
-        BadInput: neither file, both, or a line that is broken.
-    """
-    from coordinator.forge.pairs import read_pairs, read_records
-    from protocol.tasks import task_named, translation
-
-    if pairs is not None and records is None:
-        wanted = translation(source, target)
-        return wanted, read_pairs(pairs, wanted, limit=limit)
-    if records is None or task is None or pairs is not None:
-        raise BadInput("say what to answer: either --pairs FILE.tsv or --task NAME --records FILE.jsonl")
-    wanted = task_named(task)
-    return wanted, read_records(records, wanted, limit=limit)
 
 
 def tokenizer_of(stack: contextlib.ExitStack, teacher: "Teacher", spec: str, vocabulary: Path | None) -> "Tokenizer | None":

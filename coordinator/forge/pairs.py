@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from protocol.codec import checked_record, decode_record
 from protocol.errors import BadInput
-from protocol.tasks import Record, Task
+from protocol.tasks import Record, Task, task_named, translation
 
 LINE_LIMIT = 64 * 1024  # bytes; SOURCE_LIMIT characters and as many of an answer
 T = TypeVar("T")
@@ -21,6 +21,26 @@ def translated(task: Task) -> tuple[str, ...]:
     """Codes of a translation's source and target language, as far as they have one here; () for other tasks."""
     _, *languages = task.name.split("-") if task.kind == "text" else ("",)
     return tuple(LANGUAGE_CODES[language] for language in languages if language in LANGUAGE_CODES)
+
+
+def read_either(
+    pairs: Path | None, source: str, target: str, task: str | None, records: Path | None, *, limit: int | None, to: str
+) -> tuple[Task, list[Record]]:
+    """The task and the records of a command that takes `--pairs FILE.tsv`, or `--task NAME --records FILE.jsonl`; `to` says what for.
+
+    Raises:
+        BadInput: neither file, both, no task, or a line that is broken.
+    """
+    if (pairs is None) == (records is None):
+        raise BadInput(f"say what to {to}: either --pairs FILE.tsv or --task NAME --records FILE.jsonl")
+    if pairs is not None:
+        wanted = translation(source, target)
+        return wanted, read_pairs(pairs, wanted, limit=limit)
+    assert records is not None
+    if task is None:
+        raise BadInput("--records needs --task, such as --task ranch")
+    wanted = task_named(task)
+    return wanted, read_records(records, wanted, limit=limit)
 
 
 def read_pairs(path: Path, task: Task, *, limit: int | None = None) -> list[Record]:

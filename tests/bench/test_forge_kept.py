@@ -1,20 +1,11 @@
 """What a student keeps is measured from end to end on tiny models; the figures mean nothing there."""
 
-from pathlib import Path
-
 import pytest
-import torch
 
 from bench import forge, forge_ranch_kept, forge_tatoeba
 from bench.settings import Settings
 
 pytestmark = [pytest.mark.torch, pytest.mark.llama]
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    torch.set_num_threads(1)
-    return Settings(tmp_path / "no-data", tmp_path / "work", quick=True)
 
 
 def test_the_ranch_student_stands_beside_its_teacher_and_the_baselines(settings: Settings) -> None:

@@ -1,9 +1,6 @@
 """The measures of training speed run from end to end on tiny models; their figures mean nothing there."""
 
-from pathlib import Path
-
 import pytest
-import torch
 
 from bench import forge, forge_step, forge_time_to_quality, forge_with_capture
 from bench.naive import padded
@@ -11,12 +8,6 @@ from bench.settings import Settings
 from protocol.models.tokenizer import Example
 
 pytestmark = [pytest.mark.torch, pytest.mark.llama, pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    torch.set_num_threads(1)
-    return Settings(tmp_path / "no-data", tmp_path / "work", quick=True)
 
 
 def test_a_step_is_measured_against_both_loops(settings: Settings) -> None:

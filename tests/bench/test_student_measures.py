@@ -1,9 +1,6 @@
 """The measures of students run from end to end on tiny models; their figures mean nothing there."""
 
-from pathlib import Path
-
 import pytest
-import torch
 
 from bench import forge, forge_decode, forge_size_mb, forge_trim
 from bench.crossover import Crossover
@@ -14,12 +11,6 @@ from protocol.errors import NotEnough
 from protocol.models.engine import Engine
 
 pytestmark = [pytest.mark.torch, pytest.mark.llama, pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    torch.set_num_threads(1)
-    return Settings(tmp_path / "no-data", tmp_path / "work", quick=True)
 
 
 def test_decoding_is_measured_against_the_teachers_file(settings: Settings) -> None:

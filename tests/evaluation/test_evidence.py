@@ -239,3 +239,11 @@ def test_the_codes_digest_follows_the_code(tmp_path: Path) -> None:
 
     assert evidence.code(tmp_path) != before
     assert len(evidence.code()) == 64
+
+
+def test_the_lineage_names_every_stage_that_trained_the_student() -> None:
+    trained = {"training": {"examples": 5, "first_loss": 2.0, "last_loss": 1.0}, "file_digest": "d"}
+
+    steps = evidence.lineage_steps({"distil": trained, "on_policy": trained, "polish": trained})
+
+    assert [step["name"] for step in steps][1:] == ["student, distilled", "student, on its own answers", "student, polished"]

@@ -29,7 +29,7 @@ from protocol.tasks import Record, Task, task_named
 
 STAGES = {
     "trim": "vocabulary trimmed", "correct": "teacher, corrected", "cut": "student, cut out", "capture": "teacher's answers",
-    "distil": "student, distilled",
+    "distil": "student, distilled", "on_policy": "student, on its own answers", "polish": "student, polished",
 }  # fmt: skip
 BUDGETS = (0.1, 0.2, 0.25, 0.3)
 CURVE_POINTS = 50  # of a deferral curve kept for the plot
