@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.forge.students.cut import Preset, by_influence, by_loss, cut_student, preset
+from coordinator.forge.students.cut import PRESETS, Preset, by_influence, by_loss, cut_student, preset
 from coordinator.forge.students.scratch import from_scratch
 from coordinator.forge.students.width import Widths, calibrate, choose, narrowed
 from protocol.errors import BadInput, UnknownName
@@ -164,3 +164,7 @@ def test_a_trained_embedding_is_written_when_asked_for_and_kept_as_stored_otherw
 
     np.testing.assert_array_equal(kept.array("token_embd.weight"), teacher.array("token_embd.weight"))
     np.testing.assert_allclose(written.array("token_embd.weight"), 2.0 * teacher.array("token_embd.weight"))
+
+
+def test_the_presets_are_those_that_were_promised() -> None:
+    assert {name: (one.blocks, one.hidden) for name, one in PRESETS.items()} == {"nano": (4, 256), "tiny": (6, 512), "small": (12, 512)}
