@@ -112,7 +112,7 @@ class Answering:
             record = checked_record(record)
             task = task_named(record.task)
             prompt = task.prompt(record)
-            spoken = self.worker.ask(task.name, prompt, max_new_tokens=task.max_new_tokens, deadline_s=deadline_s)
+            spoken = self.worker.ask(task.name, prompt, max_new_tokens=task.max_new_tokens, deadline_s=deadline_s, form=task.form)
         except BadInput as error:
             self.refuse(record.source, reason=str(error), origin="api")
             raise

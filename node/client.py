@@ -67,7 +67,7 @@ def ask_here(settings: NodeSettings, text: str, *, lang: str) -> dict[str, Any]:
     try:
         task = task_named(speaker.task)
         record = checked_record(Record(id="ask", task=task.name, source=text, lang=lang, site=settings.site))
-        generation = speaker.engine.generate(task.prompt(record), max_new_tokens=task.max_new_tokens)
+        generation = speaker.engine.generate(task.prompt(record), max_new_tokens=task.max_new_tokens, form=task.form)
         answer = task.parse(generation.text)
         judgement = judge_answer(task, answer, Spoken(generation, speaker), budget=settings.model.budget)
         return {

@@ -8,6 +8,7 @@ Prompt and target are tokenised apart and joined as ids, in training and on the 
 and a target always begins with one (SentencePiece marks word starts).
 """
 
+from string import Formatter
 from typing import Literal
 
 import msgspec
@@ -37,6 +38,13 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     numbers: tuple[float, ...] = ()  # the raw figures behind the window, for the tabular baseline only
 
 
+class Form(msgspec.Struct, frozen=True):
+    """What is known of every prompt and answer of a task before any is read."""
+
+    opening: str = ""  # every prompt begins with it; the engine reads it once
+    codes: tuple[str, ...] = ()  # the answer begins with one of them and ":"; empty for free text
+
+
 class Answer(msgspec.Struct, frozen=True):
     """What a model's text means."""
 
@@ -56,6 +64,12 @@ class Task(msgspec.Struct, frozen=True):
     template: str
     codes: tuple[str, ...] = ()
     max_new_tokens: int = 64
+
+    @property
+    def form(self) -> Form:
+        """What the engine is told beside every prompt of this task: on the node, in the evidence and in known answers alike."""
+        opening = next((text for text, *_ in Formatter().parse(self.template)), "")
+        return Form(opening=opening, codes=self.codes)
 
     def prompt(self, record: Record) -> str:
         """The text the model reads. Never ends in a space."""

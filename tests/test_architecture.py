@@ -42,7 +42,8 @@ HOMES = {
 # rule 2: decisions take clocks, files and randomness as arguments
 PURE = (
     "protocol/names.py", "protocol/messages.py", "protocol/tasks.py", "protocol/releases.py", "protocol/adapters.py",
-    "protocol/codec.py", "protocol/topics.py", "protocol/confidence.py", "coordinator/federation/merge.py",
+    "protocol/codec.py", "protocol/topics.py", "protocol/confidence.py", "protocol/models/spelling.py", "protocol/models/logits.py",
+    "coordinator/federation/merge.py",
     "coordinator/federation/admission.py", "coordinator/federation/gate.py", "coordinator/forge/synthesis/gates.py",
     "coordinator/forge/judging/categories.py", "coordinator/forge/judging/metrics.py", "coordinator/forge/judging/regressions.py",
     "coordinator/forge/judging/claims.py", "coordinator/forge/judging/economics.py",

@@ -117,7 +117,7 @@ def _known_answers(model: Path, adapter: Path | None, records: Path, task: "Task
             if not line.strip():
                 continue
             prompt = task.prompt(decode_record(line))
-            answer = engine.generate(prompt, max_new_tokens=task.max_new_tokens)
+            answer = engine.generate(prompt, max_new_tokens=task.max_new_tokens, form=task.form)
             if answer.text.strip() and min(answer.margins, default=0.0) >= CLEAR_MARGIN:
                 chosen.append(KnownAnswer(prompt, answer.text))
             if len(chosen) == KNOWN_LIMIT:

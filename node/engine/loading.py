@@ -76,10 +76,12 @@ def prove(candidate: Speaker, active: ActiveRelease | None = None) -> None:
     """
     task = task_named(candidate.task)
     probe = task.prompt(Record(id="probe", task=task.name, source=PROBE))
-    if not candidate.engine.generate(probe, max_new_tokens=4).tokens:
+    if not candidate.engine.generate(probe, max_new_tokens=4, form=task.form).tokens:
         raise DoesNotFit("the model says nothing at all")
     if active is not None and active.role == "student":
-        known_answers_hold(lambda prompt: candidate.engine.generate(prompt, max_new_tokens=task.max_new_tokens).text, active.release)
+        known_answers_hold(
+            lambda prompt: candidate.engine.generate(prompt, max_new_tokens=task.max_new_tokens, form=task.form).text, active.release
+        )
 
 
 def describe(candidate: Speaker) -> dict[str, object]:

@@ -1,36 +1,56 @@
-"""The one thread that owns the model: records wait for it in a bounded queue, a new model takes its place between two records.
+"""The one thread that owns the model: work waits for it in a bounded queue, a new model takes its place between two pieces of work.
 
 Rules:
- * Only this thread calls the engine's `generate`. Loading happens elsewhere, beside; the swap itself is one assignment.
- * A full queue is told at once (`Busy`), never waited for. A request past its deadline is dropped before the model reads it.
+ * Only this thread computes with the engine. Loading happens elsewhere, beside; the swap itself is one assignment.
+ * A full queue is told at once (`Busy`, with the seconds that what waits will take), never waited for.
+ * A request past its deadline, or whose asker has gone, is dropped before the model reads it and stopped between two tokens after that.
+ * Answers and vectors first. `sample` is spare work: refused while anything waits, given up as soon as an answer is wanted.
  * Swapping drops no request: what waits is answered by the new model.
 Limits: `capacity` waiting requests; no batching, since one sequence already uses every thread it is given.
 """
 
 import contextlib
+import itertools
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from protocol.confidence import Calibration
 from protocol.errors import BadInput, Unavailable
-from protocol.models.engine import Generation
+from protocol.models.engine import Generation, Piece
+from protocol.tasks import Form
 
 IDLE_S = 5.0  # seconds between looks at the stop flag when nothing is asked; `stop` wakes the thread anyway
+FIRST_GUESS_S = 0.1  # seconds a record takes, before any was answered
+REMEMBERED = 0.2  # weight of the latest record in the running mean of seconds a record
+FIRST, SPARE, LAST = 0, 1, 2  # order in the queue: answers, sampling, nothing
+
+OnPiece = Callable[[Piece], None]
 
 
 class Busy(Unavailable):
-    """The queue is full; ask again in a few seconds."""
+    """The queue is full; ask again in `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Late(Unavailable):
     """The deadline passed before there was an answer."""
+
+
+class Gone(Unavailable):
+    """Whoever asked has hung up; nothing was stored."""
 
 
 class NoModel(Unavailable):
@@ -43,8 +63,19 @@ class Speaks(Protocol):
     model_digest: str
     adapter_digest: str
 
-    def generate(self, prompt: str, *, max_new_tokens: int) -> Generation:
+    def generate(
+        self, prompt: str, *, max_new_tokens: int, form: Form | None = None, on_piece: OnPiece | None = None, alternatives: int = 0
+    ) -> Generation:
         """Continue the prompt."""
+
+    def sample(
+        self, prompt: str, *, n: int, temperature: float, seed: int, max_new_tokens: int, form: Form | None = None,
+        on_piece: OnPiece | None = None,
+    ) -> list[Generation]:  # fmt: skip
+        """Continue the prompt `n` times, by chance."""
+
+    def embed(self, text: str) -> NDArray[np.float32]:
+        """The text as a vector of length 1."""
 
     def close(self) -> None:
         """Free the memory."""
@@ -66,19 +97,29 @@ class Spoken(msgspec.Struct, frozen=True):
     speaker: Speaker
 
 
+class Embedded(msgspec.Struct, frozen=True):
+    """A text as a vector, and whose: vectors of two models are not comparable."""
+
+    vector: NDArray[np.float32]  # (hidden,), of length 1
+    speaker: Speaker
+
+
 class _Job(msgspec.Struct):
-    task: str
-    prompt: str
-    max_new_tokens: int
+    task: str  # "": any
+    work: Callable[[Speaker, OnPiece], Any]  # what to compute; the second is called at every token and raises when it is to stop
     deadline: float  # by the monotonic clock
-    done: "Future[Spoken]"
+    rank: int
+    done: "Future[Any]"
+    gone: threading.Event  # set by an asker who no longer waits
 
 
 class Worker:
     """Owns the speaker. `start`, `ask` from any thread, `stop`."""
 
     def __init__(self, *, capacity: int = 16, clock: Callable[[], float] = time.monotonic) -> None:
-        self._jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=capacity)
+        self._jobs: queue.PriorityQueue[tuple[int, int, _Job | None]] = queue.PriorityQueue(maxsize=capacity)
+        self._order = itertools.count()
+        self._seconds = FIRST_GUESS_S  # running mean of what a record takes
         self._clock = clock
         self._swap = threading.Lock()  # held while the model speaks and while it is exchanged
         self._speaker: Speaker | None = None
@@ -96,6 +137,11 @@ class Worker:
         return self._jobs.qsize()
 
     @property
+    def retry_after_s(self) -> int:
+        """Whole seconds until what waits now is answered, at the speed of the latest records."""
+        return max(1, math.ceil((self.waiting + 1) * self._seconds))
+
+    @property
     def alive(self) -> bool:
         """Whether the owner thread runs."""
         return self._thread.is_alive()
@@ -108,11 +154,11 @@ class Worker:
         """Refuse what waits, finish the record under way, free the model."""
         self._stopping.set()
         with contextlib.suppress(queue.Full):  # a full queue needs no waking
-            self._jobs.put_nowait(None)
+            self._jobs.put_nowait((LAST, next(self._order), None))
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         while not self._jobs.empty():
-            job = self._jobs.get_nowait()
+            _, _, job = self._jobs.get_nowait()
             if job is not None and job.done.set_running_or_notify_cancel():
                 job.done.set_exception(Unavailable("the node is stopping"))
         if not self._thread.is_alive():  # else the record under way still uses the model: the process ends soon, memory with it
@@ -125,53 +171,134 @@ class Worker:
         if before is not None and (speaker is None or before.engine is not speaker.engine):
             before.engine.close()
 
-    def ask(self, task: str, prompt: str, *, max_new_tokens: int, deadline_s: float) -> Spoken:
+    def ask(
+        self,
+        task: str,
+        prompt: str,
+        *,
+        max_new_tokens: int,
+        deadline_s: float,
+        form: Form | None = None,
+        on_piece: OnPiece | None = None,
+        alternatives: int = 0,
+        gone: threading.Event | None = None,
+    ) -> Spoken:
         """Wait at most `deadline_s` seconds for the model's continuation of `prompt`.
+
+        Args:
+            form, on_piece, alternatives: see `Engine.generate`; `on_piece` is called in the owner thread and must not block.
+            gone: set by the caller when nobody wants the answer any more.
 
         Raises:
             NoModel: nothing is active yet.
             Busy: the queue is full.
             Late: no answer within the deadline.
+            Gone: as `gone` says.
             BadInput: another task than the active model's, or a prompt the model cannot read.
         """
+
+        def work(speaker: Speaker, check: OnPiece) -> Spoken:
+            def each(piece: Piece) -> None:
+                check(piece)
+                if on_piece is not None:
+                    on_piece(piece)
+
+            said = speaker.engine.generate(prompt, max_new_tokens=max_new_tokens, form=form, on_piece=each, alternatives=alternatives)
+            return Spoken(said, speaker)
+
+        spoken: Spoken = self._wait_for(work, task=task, deadline_s=deadline_s, gone=gone)
+        return spoken
+
+    def sample(
+        self, task: str, prompt: str, *, n: int, temperature: float, seed: int, max_new_tokens: int, deadline_s: float,
+        form: Form | None = None,
+    ) -> list[Generation]:  # fmt: skip
+        """`Engine.sample` when there is nothing better to do.
+
+        Raises:
+            Busy: an answer is wanted; the samples are given up.
+            NoModel, Late, BadInput: as `ask`.
+        """
+
+        def work(speaker: Speaker, check: OnPiece) -> list[Generation]:
+            return speaker.engine.sample(
+                prompt, n=n, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens, form=form, on_piece=check
+            )
+
+        if self.waiting:
+            raise Busy("answers are waiting: no samples now", self.retry_after_s)
+        samples: list[Generation] = self._wait_for(work, task=task, deadline_s=deadline_s, rank=SPARE)
+        return samples
+
+    def embed(self, text: str, *, deadline_s: float) -> Embedded:
+        """The text as a vector of the active model, adapter or not.
+
+        Raises:
+            NoModel, Busy, Late, BadInput: as `ask`.
+        """
+        vector: Embedded = self._wait_for(lambda speaker, _: Embedded(speaker.engine.embed(text), speaker), task="", deadline_s=deadline_s)
+        return vector
+
+    def _wait_for(
+        self,
+        work: Callable[[Speaker, OnPiece], Any],
+        *,
+        task: str,
+        deadline_s: float,
+        rank: int = FIRST,
+        gone: threading.Event | None = None,
+    ) -> Any:
         if self._speaker is None:
             raise NoModel("no model is active yet: the node waits for its first release")
-        job = _Job(task, prompt, max_new_tokens, self._clock() + deadline_s, Future())
+        job = _Job(task, work, self._clock() + deadline_s, rank, Future(), gone or threading.Event())
         try:
-            self._jobs.put_nowait(job)
+            self._jobs.put_nowait((rank, next(self._order), job))
         except queue.Full:
-            raise Busy(f"{self._jobs.maxsize} requests already wait; try again in a few seconds") from None
+            after = self.retry_after_s
+            raise Busy(f"{self._jobs.maxsize} requests already wait; try again in {after} s", after) from None
         if self._stopping.is_set():
             raise Unavailable("the node is stopping")
         try:
             return job.done.result(timeout=deadline_s)
         except FutureTimeout:
+            job.gone.set()
             job.done.cancel()
             raise Late(f"no answer within {deadline_s:g} s") from None
 
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                job = self._jobs.get(timeout=IDLE_S)
+                _, _, job = self._jobs.get(timeout=IDLE_S)
             except queue.Empty:
                 continue
             if job is None or not job.done.set_running_or_notify_cancel():
                 continue  # woken, or its asker has gone
             try:
-                job.done.set_result(self._speak(job))
+                job.done.set_result(self._work(job))
             except Exception as error:  # the asker gets it; the owner thread must outlive any single prompt
                 job.done.set_exception(error)
 
-    def _speak(self, job: _Job) -> Spoken:
-        if self._clock() > job.deadline:
-            raise Late("the deadline passed while the request waited")
+    def _work(self, job: _Job) -> Any:
+        def check(_: Piece | None = None) -> None:
+            if job.gone.is_set():
+                raise Gone("whoever asked has hung up")
+            if self._clock() > job.deadline:
+                raise Late("the deadline passed before there was a whole answer")
+            if job.rank == SPARE and self.waiting:
+                raise Busy("an answer is wanted: no samples now", self.retry_after_s)
+
+        check()
         with self._swap:
             speaker = self._speaker
             if speaker is None:
                 raise NoModel("no model is active: the node waits for a release")
-            if job.task != speaker.task:
+            if job.task and job.task != speaker.task:
                 raise BadInput(f"this node answers {speaker.task!r}, not {job.task!r}")
-            return Spoken(speaker.engine.generate(job.prompt, max_new_tokens=job.max_new_tokens), speaker)
+            started = time.perf_counter()
+            found = job.work(speaker, check)
+            if job.rank == FIRST and job.task:
+                self._seconds += REMEMBERED * (time.perf_counter() - started - self._seconds)
+            return found
 
 
 def usable(calibration: Calibration | None, engine: Speaks) -> Calibration | None:

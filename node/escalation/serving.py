@@ -1,20 +1,24 @@
-"""Answering other nodes' questions with this node's model.
+"""Answering other nodes' questions with this node's model, and handing on those it is not sure of.
 
 Rules:
- * A question is stored before it is acknowledged to the broker, and its reply is stored with the outbox row that carries it: a kill
+ * A question is stored before it is acknowledged to the broker, and its reply is stored with the outbox rows that carry it: a kill
    anywhere computes at most one answer again and loses none.
- * A question that comes again (same id, same asker) gets the stored reply again; it is never computed twice.
- * QUEUE_LIMIT questions wait. One more is declined as "busy", and that refusal is not stored: asked again later it may find room.
+ * A question (id and prompt) is computed once, however often it comes and by however many ways; whoever asked it gets the stored reply.
+ * QUEUE_LIMIT questions wait. One more is declined as "busy", with the seconds until there is room; that refusal is not stored.
  * How long a question is worth answering is told by the broker (message expiry), measured on this machine's clock from its arrival;
    the asker's own clock may be wrong. Past that it is dropped in silence: the asker has given it up.
  * The reply goes to the asker's own reply topic and nowhere else, whatever the question's response topic says.
+ * Handing on: an answer this node is unsure of is kept, and the question goes to its own peers with a tenth of the time held back. What they
+   say is relayed, naming the speaker, if they are at least as sure; else, and when nobody helps in time, this node's own answer goes out.
+   The names of those who asked stand in the question: nobody is asked twice, nobody hands on more than `hop_limit` times.
+   Whoever brings the same question while it is out gets this node's own answer at once, so that two nodes never wait for each other.
 """
 
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -36,23 +40,40 @@ from protocol.tasks import task_named
 
 QUEUE_LIMIT = 256  # questions waiting; a row each, and minutes of work for a 270M model on one core
 STORED_LIMIT = 10_000  # replies kept for questions that come again; about 10 MB
-HOP_LIMIT = 1  # how often a question may have been handed on
+HOP_LIMIT = 2  # how often a question may have been handed on
+ASKERS_LIMIT = 16  # nodes that wait for one question's reply
 NO_EXPIRY_S = 600.0  # seconds a question without an expiry is worth answering
 WAIT_LIMIT_S = 86_400.0  # seconds; no question is worth more
 ANSWER_DEADLINE_S = 120.0  # seconds for one answer, the model's queue included
+HAND_ON_S = 5.0  # seconds that must be left for others, or the question is not handed on
+HELD_BACK = 0.1  # share of the time left that is kept for the way back
+RETRY_S = (1.0, 600.0)  # bounds of the seconds a busy node names
+FIRST_GUESS_S = 1.0  # seconds an answer takes, before any was given
+REMEMBERED = 0.2  # weight of the latest answer in the running mean of seconds an answer
 
 log = logging.getLogger(__name__)
 metadata = sa.MetaData()
 
 served = sa.Table(
-    "escalation_served", metadata,
+    "serving_questions", metadata,
     sa.Column("position", sa.Integer, primary_key=True),
-    sa.Column("id", sa.String(112), nullable=False, unique=True),  # asker and Question.id
-    sa.Column("message", sa.LargeBinary, nullable=False),  # the Question
-    sa.Column("until", sa.Float, nullable=False),  # seconds since 1970 on this machine's clock
-    sa.Column("correlation", sa.LargeBinary, nullable=False),
+    sa.Column("question", sa.String(64), nullable=False, index=True),  # Question.id
+    sa.Column("prompt_digest", sa.String(64), nullable=False),
+    sa.Column("message", sa.LargeBinary, nullable=False),  # the Question as it came first
+    sa.Column("until", sa.Float, nullable=False),  # seconds since 1970 on this machine's clock: worth answering
+    sa.Column("own", sa.LargeBinary, nullable=True),  # this node's own Reply, while the question is handed on
+    sa.Column("hand_until", sa.Float, nullable=False),  # seconds since 1970: then `own` goes out
     sa.Column("reply", sa.LargeBinary, nullable=True),  # None: not answered yet
+    sa.UniqueConstraint("question", "prompt_digest"),
     sqlite_autoincrement=True,
+)  # fmt: skip
+
+waiting_askers = sa.Table(
+    "serving_askers", metadata,
+    sa.Column("position", sa.Integer, primary_key=True),  # the question's
+    sa.Column("asker", sa.String(48), primary_key=True),
+    sa.Column("correlation", sa.LargeBinary, nullable=False),
+    sa.Column("until", sa.Float, nullable=False),
 )  # fmt: skip
 
 
@@ -63,25 +84,38 @@ class Spoke(msgspec.Struct, frozen=True):
     confidence: float
     model_digest: str
     seconds: float
+    adapter_digest: str = ""
+    sure: bool = True  # whether it stands by itself
 
 
 Answer = Callable[[str, str, int, float], Spoke]  # task, prompt, max_new_tokens, deadline in seconds
+HandOn = Callable[[Executes, Question], None]  # puts it to this node's own peers, inside the transaction: `Asker.ask`
 
 
-def with_worker(worker: Worker) -> Answer:
-    """Answer with the node's own engine thread; a question takes its turn among the site's records."""
+def with_worker(worker: Worker, *, budget: float) -> Answer:
+    """Answer with the node's own engine thread; a question takes its turn among the site's records.
+
+    Args:
+        budget: share of the answers that this node may hand on; 0: every answer stands.
+    """
 
     def answer(task: str, prompt: str, max_new_tokens: int, deadline_s: float) -> Spoke:
-        spoken = worker.ask(task, prompt, max_new_tokens=max_new_tokens, deadline_s=deadline_s)
-        speaker = spoken.speaker
-        judgement = judge(features(spoken.generation), calibration=speaker.calibration, threshold=None)
-        return Spoke(spoken.generation.text, judgement.confidence, speaker.engine.model_digest, spoken.generation.seconds)
+        spoken = worker.ask(task, prompt, max_new_tokens=max_new_tokens, deadline_s=deadline_s, form=task_named(task).form)
+        speaker, said = spoken.speaker, spoken.generation
+        judgement = judge(features(said), calibration=speaker.calibration, threshold=None, budget=budget)
+        sure = budget <= 0.0 or judgement.keep
+        return Spoke(said.text, judgement.confidence, speaker.engine.model_digest, said.seconds, speaker.engine.adapter_digest, sure)
 
     return answer
 
 
 class Server:
-    """Takes questions to `node` and answers them, one at a time, in order of arrival."""
+    """Takes questions to `node` and to its `groups`, and answers them, one at a time, in order of arrival.
+
+    Args:
+        hand_on: where unsure answers may go; None: nowhere.
+        on_load: called when the queue fills, and when it is empty again: the node's status should say so.
+    """
 
     def __init__(
         self,
@@ -90,12 +124,18 @@ class Server:
         answer: Answer,
         *,
         engine: sa.Engine,
+        groups: Sequence[str] = (),
+        hand_on: HandOn | None = None,
+        on_load: Callable[[], None] = lambda: None,
         queue_limit: int = QUEUE_LIMIT,
         hop_limit: int = HOP_LIMIT,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.node, self.outbox, self.answer, self.engine = node, outbox, answer, engine
+        self.node, self.outbox, self.answer, self.engine, self.groups = node, outbox, answer, engine, tuple(groups)
+        self.hand_on, self._on_load = hand_on, on_load
         self.queue_limit, self.hop_limit, self.clock = queue_limit, hop_limit, clock
+        self.answer_s = FIRST_GUESS_S  # running mean of seconds an answer
+        self._full = False
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -114,58 +154,102 @@ class Server:
             self._thread.join(timeout)
 
     def heard(self, message: Incoming) -> None:
-        """Handle one message of this node's question topics: store it, or say at once why not.
+        """Handle one message of this node's question topics, or its groups': store it, or say at once why not.
 
         Raises:
             MalformedMessage: not a question, or not from the node that its topic names.
         """
         question = decode_message(message.payload)
-        if not isinstance(question, Question) or message.topic != topics.question(self.node, checked_name(question.asker)):
+        if not isinstance(question, Question) or message.topic not in self._topics(question):
             raise MalformedMessage(f"{message.topic} carries something other than that node's question")
         now = self.clock()
-        worth = min(WAIT_LIMIT_S, NO_EXPIRY_S if message.expiry is None else message.expiry)
+        until = now + min(WAIT_LIMIT_S, NO_EXPIRY_S if message.expiry is None else message.expiry)
         with self.engine.begin() as connection:
-            known = connection.execute(sa.select(served).where(served.c.id == _key(question))).one_or_none()
-            if known is not None:
-                if known.reply is not None:  # the reply was lost, or is still under way: then its row is there and nothing is added
-                    self._send(connection, question, msgspec.json.decode(known.reply, type=Reply), known.correlation, until=now + worth)
-            elif refusal := self._refusal(connection, question):
-                self._send(connection, question, self._reply(question, refused=refusal), message.correlation, until=now + worth)
+            known = connection.execute(_same(question)).one_or_none()
+            if refusal := self._refusal(connection, question, known=known is not None):
+                self._send(connection, question.asker, self._refuse(connection, question, refusal), message.correlation, until=until)
+            elif known is not None and (said := known.reply or self._own_for(connection, known, question)):
+                self._send(connection, question.asker, _reply(said), message.correlation, until=until)
             else:
-                connection.execute(
-                    insert(served).values(
-                        id=_key(question), message=message.payload, until=now + worth, correlation=message.correlation
-                    )
-                )  # fmt: skip
+                self._wait(connection, question, message, until=until)
+        self._tell_load(full=refusal == BUSY)
         self._wake.set()
         self.outbox.wake()
 
     @property
     def waiting(self) -> int:
-        """Questions not answered yet."""
+        """Questions this node has not answered yet."""
         with self.engine.begin() as connection:
             return _count_waiting(connection)
 
     def step(self) -> bool:
         """Answer the oldest waiting question. False: none waits. For the thread, and for tests."""
         now = self.clock()
+        waits = sa.and_(served.c.reply.is_(None), served.c.own.is_(None))
         with self.engine.begin() as connection:
             past = sa.or_(served.c.until <= now, served.c.until > now + 2 * WAIT_LIMIT_S)  # the second: the clock was set back
-            connection.execute(sa.delete(served).where(served.c.reply.is_(None), past))
-            row = connection.execute(sa.select(served).where(served.c.reply.is_(None)).order_by(served.c.position).limit(1)).one_or_none()
+            gone = connection.scalars(sa.select(served.c.position).where(waits, past)).all()
+            _drop(connection, *gone)
+            row = connection.execute(sa.select(served).where(waits).order_by(served.c.position).limit(1)).one_or_none()
         if row is None:
+            self._tell_load(full=False)
             return False
         question = msgspec.json.decode(row.message, type=Question)
-        reply = self._compute(question, min(ANSWER_DEADLINE_S, row.until - now))
+        reply, sure = self._compute(question, min(ANSWER_DEADLINE_S, row.until - now))
         with self.engine.begin() as connection:
-            self._send(connection, question, reply, row.correlation, until=row.until)
-            if reply.refused == BUSY:  # it may ask again
-                connection.execute(sa.delete(served).where(served.c.position == row.position))
-            else:
-                connection.execute(sa.update(served).where(served.c.position == row.position).values(reply=encode(reply)))
-            connection.execute(sa.delete(served).where(served.c.reply.is_not(None), served.c.position <= row.position - STORED_LIMIT))
+            if reply.refused == BUSY:  # whoever asked may ask again
+                self._send_to_all(connection, row.position, reply)
+                _drop(connection, row.position)
+            elif sure or not self._hand(connection, row, question, reply):
+                self._finish(connection, row.position, reply)
+            self._forget_oldest(connection, row.position)
         self.outbox.wake()
         return True
+
+    def handed(self, question: str) -> bool:
+        """Whether a question of that id was handed on by this node, rather than asked by it."""
+        with self.engine.begin() as connection:
+            return connection.execute(sa.select(served.c.position).where(served.c.question == question).limit(1)).one_or_none() is not None
+
+    def relay(self, reply: Reply) -> str:
+        """Pass on what this node's own peers say, or this node's answer if that is surer; as `Answering.apply`."""
+        with self.engine.begin() as connection:
+            row = connection.execute(_out(reply.question)).one_or_none()
+            if row is None:
+                return "late"
+            task = task_named(msgspec.json.decode(row.message, type=Question).task)
+            answer = task.parse(reply.text)
+            if reply.refused or not answer.text or (task.codes and not answer.verdict):
+                return "refused"
+            own = _reply(row.own)
+            better = reply.confidence >= own.confidence
+            speaker = reply.speaker or reply.peer
+            relayed = msgspec.structs.replace(reply, id=own.id, peer=self.node, speaker=speaker, text=answer.text) if better else own
+            self._finish(connection, row.position, relayed)
+        self.outbox.wake()
+        return "upgraded" if better else "confirmed"
+
+    def unanswered(self, question: str) -> None:
+        """None of this node's peers could help: its own answer goes out. Safe to repeat."""
+        with self.engine.begin() as connection:
+            row = connection.execute(_out(question)).one_or_none()
+            if row is not None:
+                self._finish(connection, row.position, _reply(row.own))
+        self.outbox.wake()
+
+    def sweep(self) -> int:
+        """Send this node's own answers where the time for others is up; how many. Call it every second or so."""
+        now = self.clock()
+        late = sa.or_(served.c.hand_until <= now, served.c.hand_until > now + 2 * WAIT_LIMIT_S)  # the second: the clock was set back
+        with self.engine.begin() as connection:
+            rows = connection.execute(sa.select(served).where(served.c.own.is_not(None), served.c.reply.is_(None), late)).all()
+            for row in rows:
+                self._finish(connection, row.position, _reply(row.own))
+        if rows:
+            self.outbox.wake()
+        return len(rows)
+
+    # ---- the thread
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -178,57 +262,138 @@ class Server:
                 self._stopping.wait(1.0)
             self._wake.wait(5.0)
 
-    def _refusal(self, connection: sa.Connection, question: Question) -> str:
+    def _compute(self, question: Question, deadline_s: float) -> tuple[Reply, bool]:
+        """The reply, and whether it stands by itself."""
+        task = task_named(question.task)
+        try:
+            spoke = self.answer(task.name, question.prompt, task.max_new_tokens, deadline_s)
+        except Busy as error:
+            return msgspec.structs.replace(self._empty(question, BUSY), retry_after=float(error.retry_after_s)), True
+        except MilpaError as error:
+            return self._empty(question, str(error)[:200]), True
+        except Exception as error:
+            log.exception("serving: the model failed on a question of %s", question.asker)
+            return self._empty(question, f"the model failed: {type(error).__name__}"), True
+        self.answer_s += REMEMBERED * (spoke.seconds - self.answer_s)
+        answer = task.parse(spoke.text)
+        if not answer.text:
+            return self._empty(question, "the model had no answer"), True
+        reply = msgspec.structs.replace(
+            self._empty(question), text=answer.text, confidence=spoke.confidence, model_digest=spoke.model_digest,
+            adapter_digest=spoke.adapter_digest, seconds=spoke.seconds,
+        )  # fmt: skip
+        return reply, spoke.sure
+
+    def _hand(self, connection: sa.Connection, row: sa.Row[Any], question: Question, own: Reply) -> bool:
+        """Put the question to this node's own peers, if it may travel on and there is time. False: it may not, or there is not."""
+        now = self.clock()
+        left = (row.until - now) * (1.0 - HELD_BACK)
+        askers = connection.scalars(sa.select(waiting_askers.c.asker).where(waiting_askers.c.position == row.position)).all()
+        path = tuple(dict.fromkeys((*question.path, question.asker, *askers)))
+        if self.hand_on is None or len(question.path) >= self.hop_limit or left < HAND_ON_S:
+            return False
+        expires = int(now + left)
+        self.hand_on(connection, msgspec.structs.replace(question, asker=self.node, confidence=own.confidence, expires=expires, path=path))
+        values = {"own": encode(own), "hand_until": float(expires)}
+        connection.execute(sa.update(served).where(served.c.position == row.position).values(**values))
+        return True
+
+    # ---- replies
+
+    def _refusal(self, connection: sa.Connection, question: Question, *, known: bool) -> str:
         """Why the question is not even queued, or ""."""
-        if question.hops > self.hop_limit:
-            return f"handed on {question.hops} times, the limit is {self.hop_limit}"
+        if self.node in (question.asker, *question.path):
+            return f"the question came by {self.node} before"
+        if len(question.path) > self.hop_limit:
+            return f"handed on {len(question.path)} times, the limit is {self.hop_limit}"
+        if known:
+            return ""
         try:
             task_named(question.task)
         except BadInput as error:
             return str(error)
         return BUSY if _count_waiting(connection) >= self.queue_limit else ""
 
-    def _compute(self, question: Question, deadline_s: float) -> Reply:
-        task = task_named(question.task)
-        try:
-            spoke = self.answer(task.name, question.prompt, task.max_new_tokens, deadline_s)
-        except Busy:
-            return self._reply(question, refused=BUSY)
-        except MilpaError as error:
-            return self._reply(question, refused=str(error)[:200])
-        except Exception as error:
-            log.exception("serving: the model failed on a question of %s", question.asker)
-            return self._reply(question, refused=f"the model failed: {type(error).__name__}")
-        text = task.parse(spoke.text).text
-        if not text:
-            return self._reply(question, refused="the model had no answer")
-        reply = self._reply(question)
-        return msgspec.structs.replace(
-            reply, text=text, confidence=spoke.confidence, model_digest=spoke.model_digest, seconds=spoke.seconds
+    def _refuse(self, connection: sa.Connection, question: Question, why: str) -> Reply:
+        reply = self._empty(question, why)
+        if why != BUSY:
+            return reply
+        low, high = RETRY_S  # a quarter of the queue: room for it and for some others
+        after = min(high, max(low, self.answer_s * _count_waiting(connection) / 4))
+        return msgspec.structs.replace(reply, retry_after=round(after, 1))
+
+    def _own_for(self, connection: sa.Connection, row: sa.Row[Any], question: Question) -> bytes | None:
+        """This node's own answer, for one who brings the question while it is out; None for one who waits for it already."""
+        mine = sa.and_(waiting_askers.c.position == row.position, waiting_askers.c.asker == question.asker)
+        waits = connection.execute(sa.select(waiting_askers.c.asker).where(mine)).one_or_none() is not None
+        return None if waits else row.own
+
+    def _wait(self, connection: sa.Connection, question: Question, message: Incoming, *, until: float) -> None:
+        values = {"question": question.id, "prompt_digest": digest_bytes(question.prompt.encode()), "message": message.payload}
+        connection.execute(insert(served).values(**values, until=until, hand_until=0.0).on_conflict_do_nothing())
+        row = connection.execute(_same(question)).one()
+        many = sa.select(sa.func.count()).select_from(waiting_askers).where(waiting_askers.c.position == row.position)
+        if connection.execute(many).scalar_one() < ASKERS_LIMIT:
+            asker = insert(waiting_askers).values(
+                position=row.position, asker=question.asker, correlation=message.correlation, until=until
+            )  # fmt: skip
+            connection.execute(asker.on_conflict_do_nothing())
+
+    def _finish(self, connection: sa.Connection, position: int, reply: Reply) -> None:
+        connection.execute(sa.update(served).where(served.c.position == position).values(reply=encode(reply), own=None))
+        self._send_to_all(connection, position, reply)
+
+    def _send_to_all(self, connection: sa.Connection, position: int, reply: Reply) -> None:
+        rows = connection.execute(sa.select(waiting_askers).where(waiting_askers.c.position == position)).all()
+        for row in rows:
+            self._send(connection, row.asker, reply, row.correlation, until=row.until)
+        connection.execute(sa.delete(waiting_askers).where(waiting_askers.c.position == position))
+
+    def _send(self, session: Executes, asker: str, reply: Reply, correlation: bytes, *, until: float) -> None:
+        self.outbox.put(
+            session, topics.reply(asker, self.node), encode(reply), id=f"{reply.id}:{asker}", kind="reply", expires=until,
+            correlation=correlation,
         )  # fmt: skip
 
-    def _reply(self, question: Question, *, refused: str = "") -> Reply:
+    def _empty(self, question: Question, refused: str = "") -> Reply:
         return Reply(
             id=uuid.uuid4().hex, question=question.id, question_digest=digest_bytes(question.prompt.encode()), peer=self.node,
             model_digest="", text="", refused=refused,
         )  # fmt: skip
 
-    def _send(self, session: Executes, question: Question, reply: Reply, correlation: bytes, *, until: float) -> None:
-        self.outbox.put(
-            session,
-            topics.reply(question.asker, self.node),
-            encode(reply),
-            id=reply.id,
-            kind="reply",
-            expires=until,
-            correlation=correlation,
-        )
+    def _forget_oldest(self, connection: sa.Connection, newest: int) -> None:
+        old = sa.select(served.c.position).where(served.c.reply.is_not(None), served.c.position <= newest - STORED_LIMIT)
+        _drop(connection, *connection.scalars(old).all())
+
+    def _tell_load(self, *, full: bool) -> None:
+        if full != self._full:
+            self._full = full
+            self._on_load()
+
+    def _topics(self, question: Question) -> set[str]:
+        asker = checked_name(question.asker, what="asker")
+        return {topics.question(self.node, asker), *(topics.group_question(group, asker) for group in self.groups)}
 
 
-def _key(question: Question) -> str:
-    return f"{question.asker}:{question.id}"
+def _same(question: Question) -> sa.Select[Any]:
+    digest = digest_bytes(question.prompt.encode())
+    return sa.select(served).where(served.c.question == question.id, served.c.prompt_digest == digest)
+
+
+def _out(question: str) -> sa.Select[Any]:
+    """The row of a question that is handed on and not answered yet."""
+    return sa.select(served).where(served.c.question == question, served.c.own.is_not(None), served.c.reply.is_(None)).limit(1)
+
+
+def _reply(data: bytes) -> Reply:
+    return msgspec.json.decode(data, type=Reply)
+
+
+def _drop(connection: sa.Connection, *positions: int) -> None:
+    connection.execute(sa.delete(waiting_askers).where(waiting_askers.c.position.in_(positions)))
+    connection.execute(sa.delete(served).where(served.c.position.in_(positions)))
 
 
 def _count_waiting(connection: sa.Connection) -> int:
-    count: Any = connection.execute(sa.select(sa.func.count()).select_from(served).where(served.c.reply.is_(None)))
-    return int(count.scalar_one())
+    waits = sa.select(sa.func.count()).select_from(served).where(served.c.reply.is_(None), served.c.own.is_(None))
+    return int(connection.execute(waits).scalar_one())

@@ -51,13 +51,13 @@ def test_an_unsure_answer_with_nobody_to_ask_is_unconfirmed(make_node: Callable[
     assert (given.state, given.provisional, given.question) == ("unconfirmed", False, "")
 
 
-def test_an_answer_out_of_form_never_stands_however_sure_the_model_is(make_node: Callable[..., Any]) -> None:
+def test_a_verdict_the_form_forced_on_the_model_never_stands_however_sure_it_is_of_the_rest(make_node: Callable[..., Any]) -> None:
     node = make_node(FakeEngine(default=" I do not know", probability=0.99), asking=Notes())
 
     given = node.answer()
 
-    assert given.provisional
-    assert "form" in given.judgement.reason
+    assert given.provisional and given.answer.verdict
+    assert given.judgement.confidence < 0.01
 
 
 def test_a_budget_of_nothing_escalates_nothing(make_node: Callable[..., Any]) -> None:

@@ -17,6 +17,7 @@ import msgspec
 from protocol.confidence import features
 from protocol.errors import MilpaError
 from protocol.models.engine import Engine
+from protocol.tasks import Form
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -27,6 +28,7 @@ class Job(msgspec.Struct, frozen=True):
     context: int  # tokens
     max_new_tokens: int
     prompts: tuple[str, ...]
+    form: Form | None = None  # of the task, as the node gives it to its engine
 
 
 class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
@@ -97,7 +99,7 @@ def main(job_file: str) -> int:
             say(Loaded(engine.model_digest, engine.adapter_digest))
             for prompt in job.prompts:
                 before = cpu_seconds()
-                made = engine.generate(prompt, max_new_tokens=job.max_new_tokens)
+                made = engine.generate(prompt, max_new_tokens=job.max_new_tokens, form=job.form)
                 used = cpu_seconds() - before
                 say(Answered(made.text, features(made), len(made.tokens), made.prompt_tokens, made.seconds, made.stopped, used))
     except MilpaError as error:

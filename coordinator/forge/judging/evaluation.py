@@ -25,7 +25,7 @@ from coordinator.forge.judging.metrics import SEED, TextScores, paired_differenc
 from protocol import errors
 from protocol.confidence import Calibration, judge, quantile
 from protocol.errors import BadInput, NotEnough, Unavailable
-from protocol.tasks import Record, Task
+from protocol.tasks import Form, Record, Task
 
 SILENCE_LIMIT_S = 180.0  # seconds without a line from an engine; a 270M model on one slow core answers in 5
 STOP_LIMIT_S = 5.0  # seconds an engine process gets to end
@@ -144,7 +144,7 @@ def evaluate(
     checked_references(records, task)
     loaded, answers, peak = generate_all(
         model, [task.prompt(record) for record in records], max_new_tokens=task.max_new_tokens, adapter=adapter, threads=threads,
-        context=context, ids=[record.id for record in records], progress=progress,
+        context=context, form=task.form, ids=[record.id for record in records], progress=progress,
     )  # fmt: skip
     files = [model] if adapter is None else [model, adapter]
     return msgspec.structs.replace(
@@ -230,6 +230,7 @@ def generate_all(
     adapter: Path | None = None,
     threads: int = 2,
     context: int = CONTEXT,
+    form: Form | None = None,
     ids: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> tuple[Loaded, list[Answered], float]:
@@ -248,7 +249,7 @@ def generate_all(
     names = list(ids) or [str(index) for index in range(len(prompts))]
     with tempfile.TemporaryDirectory(prefix="milpa-evaluate-") as folder:
         crew = [
-            _Process(Path(folder), index, Job(str(model), str(adapter or ""), context, max_new_tokens, tuple(prompts[index::count])))
+            _Process(Path(folder), index, Job(str(model), str(adapter or ""), context, max_new_tokens, tuple(prompts[index::count]), form))
             for index in range(count)
         ]
         try:
