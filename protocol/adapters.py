@@ -101,3 +101,30 @@ def pack(factors: Mapping[str, tuple[Flat, Flat]], modules: Sequence[Module]) ->
     """The inverse of `unpack`, in the order of `modules`."""
     parts = [part.astype(np.float32).ravel() for module in modules for part in factors[module.tensor]]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+
+
+def stacked(parts: Sequence[tuple[Mapping[str, tuple[Flat, Flat]], float]]) -> dict[str, tuple[Flat, Flat]]:
+    """sum_k scale_k * B_k @ A_k as one product whose own scale is 1, exactly, never forming a full matrix.
+
+    A = [A_1; A_2; ...]  (R, in)      B = [scale_1 B_1, scale_2 B_2, ...]  (out, R)      R = sum of the ranks
+
+    in float64, rounded once (FLoRA, Wang et al. 2024, arXiv:2409.05976). A module that a part lacks counts as a zero product.
+    """
+    ranks = [max((a.shape[0] for a, _ in factors.values()), default=0) for factors, _ in parts]
+    found: dict[str, tuple[Flat, Flat]] = {}
+    for tensor in dict.fromkeys(name for factors, _ in parts for name in factors):
+        shapes = {(b.shape[0], a.shape[1]) for factors, _ in parts if tensor in factors for a, b in (factors[tensor],)}
+        if len(shapes) != 1:
+            raise DoesNotFit(f"{tensor} has shapes {sorted(shapes)} in adapters that were to be added up")
+        outputs, inputs = shapes.pop()
+        wide_a = np.zeros((sum(ranks), inputs), dtype=np.float32)
+        wide_b = np.zeros((outputs, sum(ranks)), dtype=np.float32)
+        at = 0
+        for (factors, scale), rank in zip(parts, ranks, strict=True):
+            if tensor in factors:
+                a, b = factors[tensor]  # a: (r, in)  b: (out, r), r <= rank
+                wide_a[at : at + a.shape[0]] = a
+                wide_b[:, at : at + a.shape[0]] = b.astype(np.float64) * scale
+            at += rank
+        found[tensor] = (wide_a, wide_b)
+    return found

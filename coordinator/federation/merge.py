@@ -2,13 +2,9 @@
 
     delta W = eta * sum_k p_k * (alpha_k / r_k) * B_k @ A_k          p_k = weight_k / sum(weights)
 
-is a product again, of stacked factors (FLoRA, Wang et al. 2024, arXiv:2409.05976):
-
-    A = [A_1; A_2; ...]  (R, in)      B = eta * [p_1 (alpha_1/r_1) B_1, p_2 (alpha_2/r_2) B_2, ...]  (out, R)      R = sum r_k
-
-so sites may have different ranks and different modules. Averaging A and B apart is another thing and wrong: the mean of products is
-not the product of means. If R is too much for a node, `truncate` cuts it to the best rank r' (QR, then an SVD of the R x R core:
-Eckart-Young) and reports what that lost.
+is a product again, of stacked factors and of rank R = sum r_k (`protocol.adapters.stacked`), so sites may have different ranks and
+different modules. Averaging A and B apart is another thing and wrong: the mean of products is not the product of means. If R is too much
+for a node, `truncate` cuts it to the best rank r' (QR, then an SVD of the R x R core: Eckart-Young) and reports what that lost.
 
 All arithmetic is in float64, results are float32; contributions are taken in order of site name, so arrival order changes no bit.
 """
@@ -20,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.adapters import AdapterHeader, Flat, Module, pack, unpack
+from protocol.adapters import AdapterHeader, Flat, Module, pack, stacked, unpack
 from protocol.errors import BadInput, DoesNotFit
 
 Wide = NDArray[np.float64]
@@ -92,21 +88,10 @@ def merge(contributions: Sequence[Contribution], *, eta: float = 1.0) -> tuple[F
             raise DoesNotFit(f"adapters of {first.site!r} and {one.header.site!r} have other bases or starts: they cannot be merged")
     modules = _all_modules([one.header for one in ordered])
     total = sum(one.weight for one in ordered)
-    unpacked = [unpack(one.flat, one.header) for one in ordered]
     rank = sum(one.header.rank for one in ordered)
-    factors: dict[str, tuple[Flat, Flat]] = {}
-    for module in modules:
-        a = np.zeros((rank, module.inputs), dtype=np.float32)
-        b = np.zeros((module.outputs, rank), dtype=np.float32)
-        at = 0
-        for one, found in zip(ordered, unpacked, strict=True):
-            until = at + one.header.rank
-            if module.tensor in found:
-                own_a, own_b = found[module.tensor]
-                a[at:until] = own_a
-                b[:, at:until] = own_b.astype(np.float64) * (eta * one.weight / total * one.header.alpha / one.header.rank)
-            at = until
-        factors[module.tensor] = (a, b)
+    factors = stacked(
+        [(unpack(one.flat, one.header), eta * one.weight / total * one.header.alpha / one.header.rank) for one in ordered]
+    )  # fmt: skip
     header = msgspec.structs.replace(
         first,
         site=MERGED_SITE,

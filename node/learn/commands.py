@@ -1,17 +1,14 @@
 """`milpa-node learn` and `milpa-node sync`. Importing this loads neither torch nor flwr: each is a process of its own that ends."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from protocol.console import print_json, stderr
 from protocol.errors import BadInput
-
-if TYPE_CHECKING:
-    from node.learn.train import LearnResult
-    from node.settings import NodeSettings
 
 
 def learn(
@@ -24,9 +21,12 @@ def learn(
     threads: int | None = typer.Option(None, min=1, help="Processor threads."),
     max_memory_mb: int = typer.Option(0, min=0, help="MiB this training may need; 0: what the machine has free."),
     seed: int = typer.Option(0, help="Order of the examples."),
+    judge: bool = typer.Option(False, "--judge", help="Then decide whether this site answers with it; a running node takes it up."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object to stdout and nothing else there."),
 ) -> None:
     """Train an adapter on this site's confirmed examples, within a budget. It stays here until a sync window.
+
+    Ctrl-C and SIGTERM stop it; started again it goes on, with the examples it began with.
 
     Examples:
 
@@ -35,61 +35,38 @@ def learn(
         milpa-node learn --max-seconds 300 --threads 2 --json
     """
     from node import settings as node_settings
-    from node.learn.examples import split, with_rehearsal
-    from node.store import Store
-    from node.update.slots import Slots
-    from protocol.codec import decode_record
-    from protocol.tasks import task_named
+    from node.learn import session
 
     flags: dict[str, Any] = {
         "node.state_dir": str(state_dir) if state_dir else None, "learn.min_examples": min_examples, "learn.max_seconds": max_seconds,
         "learn.epochs": epochs, "learn.rate": rate, "learn.threads": threads,
     }  # fmt: skip
     settings, _ = node_settings.read(config, flags=flags)
-    active = Slots(settings.state_dir, role=settings.node.role).active()
-    if active is None:
-        raise BadInput(f"{settings.state_dir} has no active release: a node learns on top of a release; let `milpa-node run` fetch one")
-    task = task_named(active.release.task)
-    store = Store(settings.state_dir / "node.db")
-    try:
-        parts = split(store.examples(task.name), minimum=settings.learn.min_examples)
-    finally:
-        store.close()
-    own = len(parts.training)
-    if active.rehearsal:
-        parts = with_rehearsal(parts, [decode_record(line) for line in active.rehearsal.read_bytes().splitlines()])
-    general = len(parts.training) - own
-    stderr.print(f"training on {own} of its own and {general} general examples, {len(parts.held_out)} held out", highlight=False)
-    from node.learn import train  # torch, only now
-
-    result = train.learn(
-        settings.state_dir, settings.site, active, task, parts, rate=settings.learn.rate or train.RATE, epochs=settings.learn.epochs,
-        max_seconds=settings.learn.max_seconds, max_memory_mb=max_memory_mb, threads=settings.learn.threads, seed=seed,
+    result = session.train(
+        settings, max_memory_mb=max_memory_mb, seed=seed, told=lambda text: stderr.print(text, highlight=False), interrupted=until_told(),
         progress=lambda step: stderr.print(f"{step.share:4.0%}  loss {step.loss:.3f}", highlight=False) if step.step % 20 == 0 else None,
     )  # fmt: skip
-    if result.stored and settings.broker.host:
-        report(settings, result)
+    verdict = session.judge(settings) if judge else None
     if as_json:
-        print_json(result)
+        print_json({"trained": result, "judged": verdict} if judge else result)
         return
     told = "stored, waiting for a sync window" if result.stored else f"not stored: {result.reason}"
     typer.echo(f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} nats a token in {result.seconds:.0f} s; {told}")
+    if verdict is not None:
+        typer.echo(f"{'this site answers with it' if verdict.good else 'the release answers without it'}: {verdict.reason}")
 
 
-def report(settings: "NodeSettings", result: "LearnResult") -> None:
-    """Queue the event "adapter-trained" for the coordinator; the daemon sends it. Figures only."""
-    from node.escalation.reporting import Reporter
-    from node.store import Store
-    from protocol.outbox import Outbox
+def until_told() -> Callable[[], bool]:
+    """True after SIGTERM or Ctrl-C: what runs ends at the next good place."""
+    told_to_end = False
 
-    figures = {"release": result.release, "examples": result.examples, "loss_before": result.loss_before, "loss_after": result.loss_after}
-    store = Store(settings.state_dir / "node.db")
-    try:
-        reporter = Reporter(settings.node.name, Outbox(store.engine), engine=store.engine)
-        with store.transaction() as session:
-            reporter.report(session, "adapter-trained", figures)
-    finally:
-        store.close()
+    def end(*_: Any) -> None:
+        nonlocal told_to_end
+        told_to_end = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    return lambda: told_to_end
 
 
 def sync(
@@ -124,17 +101,9 @@ def sync(
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise BadInput(f"--superlink is {address!r}; write HOST:PORT, such as 10.8.0.1:8000, or set learn.superlink")
-    told_to_end = False
-
-    def end(*_: Any) -> None:
-        nonlocal told_to_end
-        told_to_end = True
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
     result = open_window(
         settings.state_dir, settings.site, address, window_s=settings.learn.window_s, fleet_token=read_token(token_file), stay=stay,
-        stop=lambda: told_to_end, on_progress=lambda text: stderr.print(text, highlight=False),
+        stop=until_told(), on_progress=lambda text: stderr.print(text, highlight=False),
     )  # fmt: skip
     if as_json:
         print_json(result)

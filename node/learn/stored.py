@@ -14,7 +14,7 @@ from protocol import codec
 from protocol.adapters import AdapterHeader, AdapterQuestion, AdapterReply, Flat
 from protocol.blobs import write_atomically
 from protocol.digests import digest_bytes
-from protocol.errors import MilpaError, WrongDigest
+from protocol.errors import BadInput, MilpaError, WrongDigest
 
 HEADER_LIMIT = 256 * 1024  # bytes
 
@@ -64,6 +64,28 @@ def load(state_dir: Path, release: int) -> tuple[StoredHeader, Flat] | None:
     if digest_bytes(flat.tobytes()) != stored.digest:
         raise WrongDigest(f"the adapter in {here} is not the one its header names; run `milpa-node learn` again")
     return stored, flat
+
+
+def digest(state_dir: Path, release: int) -> str:
+    """Digest of the adapter trained on that release, without reading its numbers; "" when there is none, or its header is spoiled."""
+    header = folder(state_dir, release) / "header.json"
+    if not header.is_file():
+        return ""
+    try:
+        return codec.decode_as(header.read_bytes(), StoredHeader, limit=HEADER_LIMIT, what=str(header)).digest
+    except BadInput:
+        return ""
+
+
+def delivered(state_dir: Path, release: int) -> bool:
+    """Whether the coordinator has the adapter trained on that release."""
+    file = folder(state_dir, release) / "delivered"
+    return file.is_file() and file.read_text(encoding="ascii", errors="replace").strip() == digest(state_dir, release)
+
+
+def note_delivered(state_dir: Path, release: int) -> None:
+    """The coordinator sent a receipt for the adapter trained on that release."""
+    write_atomically(folder(state_dir, release) / "delivered", digest(state_dir, release).encode())
 
 
 def answer(state_dir: Path, node: str, question: AdapterQuestion) -> tuple[AdapterReply, Flat | None]:

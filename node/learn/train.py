@@ -5,7 +5,8 @@ Rules:
    and of earlier rounds, are sums over the same base and can be merged. What a site learned before is in its examples, which it keeps.
  * "Did it really train": the weights moved, every number is finite, and the loss on the held-out part went down. An adapter that does not
    pass is not stored, and an earlier one stays. (Opacus with PEFT once trained silently into nothing: opacus issue 820.)
- * Progress is saved; a training that was killed goes on where it was, within the budget that is left.
+ * Progress is saved; a training that was killed or told to stop goes on where it was, within the budget that is left.
+ * Memory is asked for before loading and watched while training: past the limit the training ends, not the node.
  * Runs in a process of its own (`milpa-node learn`): this module loads torch.
 """
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 
 from node.learn import stored
 from node.learn.examples import RELEASE, Parts
+from node.learn.underway import STATE
 from node.store import LearningExample
 from node.update.slots import ActiveRelease
 from protocol.adapters import AdapterHeader, Flat, unpack
@@ -40,7 +42,6 @@ BATCH_TOKENS = 512  # about 5 examples: a site has hundreds, and should take mor
 ROW_LIMIT = 512  # tokens of prompt and answer; the training pass knows no sliding window
 LOADING_BYTES = 8  # a parameter, at the peak: in float32 twice, before it becomes bfloat16 (1,370 MiB measured for 113 million)
 SPARE_MB = 500  # MiB beside the weights: activations of a batch, Adam's two copies of the factors, torch itself
-STATE = "training.pt"
 
 
 class LearnResult(msgspec.Struct, frozen=True):
@@ -76,6 +77,7 @@ def learn(
     seed: int = 0,
     now: Callable[[], float] = time.time,
     progress: Callable[[Step], None] | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> LearnResult:
     """Train and, if it helped, store the adapter for `active`.
 
@@ -87,6 +89,7 @@ def learn(
         BadInput: the release ships no initial adapter.
         NotEnough: memory, or examples short enough to train on.
         Diverged: the loss left the numbers; nothing was stored.
+        Interrupted: as asked; called again with the same examples it goes on.
     """
     began = time.monotonic()
     if active.initial_adapter is None:
@@ -109,7 +112,8 @@ def learn(
     folder.mkdir(parents=True, exist_ok=True)
     done = train(
         model, Epochs(training, batch_tokens=BATCH_TOKENS, seed=seed), parameters=parameters, learning_rate=rate,
-        loss=weighted(weights), epochs=epochs, seconds=max_seconds, state=folder / STATE, progress=progress,
+        loss=weighted(weights), epochs=epochs, seconds=max_seconds, state=folder / STATE, interrupted=interrupted,
+        progress=watching(max_memory_mb, progress),
     )  # fmt: skip
     after = mean_loss(model, held_out, batch_tokens=BATCH_TOKENS)
     flat = detach(model, layout)
@@ -127,7 +131,7 @@ def learn(
         release=active.number, stored=not reason, reason=reason, examples=len(training), held_out=len(held_out), loss_before=before,
         loss_after=after, steps=done.steps, seconds=round(time.monotonic() - began, 3), digest=digest, left_out=left_out,
         rehearsed=sum(one.origin == RELEASE for one in parts.training),
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        peak_rss_mb=peak_mb(),
     )  # fmt: skip
 
 
@@ -183,6 +187,27 @@ def need_memory(parameters: int, limit_mb: int) -> None:
     have = limit_mb or available_mb()
     if need > have:
         raise NotEnough(f"training needs about {need} MiB of memory, {have} MiB may be used; close something, or train elsewhere")
+
+
+def watching(limit_mb: int, progress: Callable[[Step], None] | None) -> Callable[[Step], None]:
+    """`progress`, and a look at this process's memory at every step; 0: no limit.
+
+    Raises (when called):
+        NotEnough: more was needed than may be used.
+    """
+
+    def look(step: Step) -> None:
+        if limit_mb and peak_mb() > limit_mb:
+            raise NotEnough(f"training took {peak_mb():.0f} MiB of memory, {limit_mb} MiB may be used; raise learn.max_memory_mb")
+        if progress is not None:
+            progress(step)
+
+    return look
+
+
+def peak_mb() -> float:
+    """Most memory this process ever had resident, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def available_mb() -> int:

@@ -36,10 +36,15 @@ from protocol.models.tokenizer import Example
 from protocol.models.torch_model import embed, hidden_states, logits_of
 
 KEPT_BYTES = 1 << 30  # at most this much of frozen blocks' output is kept between epochs
+STOPPED = -1.0  # in place of the share of the budget, so that several processes agree on both at once
 
 
 class Diverged(MilpaError):
     """The loss is not a number any more; use a lower learning rate."""
+
+
+class Interrupted(MilpaError):
+    """Told to stop; what was done is saved and goes on from there."""
 
 
 @dataclass
@@ -136,6 +141,7 @@ def train(
     progress: Callable[[Step], None] | None = None,
     state: Path | None = None,
     save_every_s: float = 30.0,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Train `parameters` of `model` in place.
 
@@ -148,10 +154,12 @@ def train(
         world: the processes that share the work; alone by default. Only the first one saves.
         warm_up: share of the budget.
         state: file to resume from and to save to. It is ignored when it belongs to another plan; the caller removes it.
+        interrupted: asked before each step; True saves and ends it.
 
     Raises:
         BadInput: no limit, nothing to train, or a step that cannot be shared out evenly.
         Diverged: the loss is not finite; the weights are spoiled.
+        Interrupted: as asked.
     """
     if steps is None and epochs is None and seconds is None:
         raise BadInput("training needs a limit: steps, epochs or seconds")
@@ -172,9 +180,15 @@ def train(
         while True:
             done.seconds = time.monotonic() - began
             share = max(done.steps / limit if limit else 0.0, done.seconds / seconds if seconds else 0.0)
+            if share < 1.0 and interrupted():
+                share = STOPPED
             share = world.agree(1.0 if deadline is not None and time.monotonic() > deadline else share)
             if share >= 1.0:
                 break
+            if share == STOPPED:
+                if state and world.rank == 0:
+                    _save(state, key, work, done)
+                raise Interrupted(f"stopped after {done.steps} steps; it goes on from there")
             batches = [collate(feed.examples, index) for index in islice(schedule, accumulate)][world.rank :: world.size]
             value = work.step(batches, rate=_rate(share, warm_up, final))
             done.steps += 1
