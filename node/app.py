@@ -1,21 +1,21 @@
 """Builds a node from its settings and keeps it running: every part, every thread with one owner, one way down.
 
-    main thread      starts everything, waits for SIGTERM or SIGINT, stops everything
+    caller's thread  starts everything, waits, stops everything (node/service.py: signals, systemd, the watchdog)
     milpa-engine     the model                       milpa-api        HTTP
     milpa-update     releases, on notice and by poll  milpa-sweep     deadlines, pruning, summaries
     mqtt, outbox, presence                           only with a broker
+    milpa-spool, mqtt of the site                    only where the settings open those entrances
 
 Rules:
  * A model in the active slot answers with no network at all: nothing here waits for anything off the machine, at start least of all.
  * Without a model the node is up, says 503 on /readyz, and waits for its first release.
  * One process a state folder (a lock says so); `run.json` beside it tells the command line where the API is.
+ * What is neither model, store, API nor messaging is a `Part` (node/parts.py), and is built in `_parts`.
 """
 
 import fcntl
 import logging
 import os
-import random
-import signal
 import threading
 import time
 import uuid
@@ -27,35 +27,39 @@ import msgspec
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
+from node import reload
 from node.answering import Answering
 from node.api import routes
 from node.api.metrics import Metrics
 from node.api.server import Server, bind
 from node.client import RunFile
-from node.engine.loading import describe, load_fixed, load_release, prove
-from node.engine.worker import Speaker, Worker
+from node.engine.live import LiveModel
+from node.engine.worker import Worker
+from node.entrances.spool import SpoolFolder
+from node.entrances.topic import SiteTopic
+from node.memory import routes as memory_routes
+from node.memory.recall import Memory
 from node.messaging import Messaging
+from node.parts import Part
 from node.settings import NodeSettings, secret
 from node.store import RefusedRow, Store, counts
-from node.update.slots import ActiveRelease, Slots
-from node.update.updater import Outcome, Updater
+from node.update.looking import Releases
+from node.update.slots import Slots
 from protocol import __version__
 from protocol.blobs import write_atomically
-from protocol.digests import digest_file
-from protocol.errors import BadInput, MilpaError, Unavailable
+from protocol.errors import Unavailable
 from protocol.messages import Status
 
 SWEEP_S = 1.0  # seconds between looks at deadlines
 PRUNE_S = 3600.0  # seconds between prunings
 SUMMARY_S = 300.0  # seconds between summaries of answers to the coordinator, at most
 SUMMARY_HEARTBEATS = 4  # a faster heartbeat makes summaries faster too
-POLL_JITTER = 0.2  # polls come up to this share early, so that a fleet does not ask at once
 
 log = logging.getLogger("milpa.node")
 
 
 class Daemon:
-    """A whole node. `start`, `stop`; `run` does both around a wait for a signal."""
+    """A whole node. `start`, `wait`, `stop`."""
 
     def __init__(self, settings: NodeSettings, *, clock: Callable[[], float] = time.time) -> None:
         self.settings = settings
@@ -63,17 +67,16 @@ class Daemon:
         self.clock = clock
         self.started = clock()
         self.metrics = Metrics()
-        self.updated = Outcome("current")  # how the last look for releases ended
         self.failed = False  # a part died; the process must not pretend to live
-        self._why = "starting"  # why there is no model
-        self._candidate: Speaker | None = None  # passed its self-test, not yet live
-        self._stop = threading.Event()
-        self._look = threading.Event()  # a release was announced
-        self._threads: list[threading.Thread] = []
-        self._lock_file: Any = None
+        self.parts: tuple[Part, ...] = ()
         self.worker = Worker(capacity=settings.api.queue)
-        self.updater: Updater | None = None
         self.messaging: Messaging | None = None
+        self._reloads = 0
+        self._restart: tuple[str, ...] = ()  # settings that differ in the file and wait for a restart
+        self._reload_problem = ""
+        self._stop = threading.Event()
+        self._sweeper = threading.Thread(target=self._sweep, name="milpa-sweep", daemon=True)
+        self._lock_file: Any = None
 
     # ---- up
 
@@ -86,22 +89,29 @@ class Daemon:
         """
         settings, state = self.settings, self.settings.state_dir
         key = secret(settings.api.key_file, what="api.key_file")
-        root = self._root()
         listener = bind(settings.api.host, settings.api.port, key=key)
         try:
             self._lock(state)
             self.store = Store(state / "node.db")
             self.slots = Slots(state, role=settings.node.role)
             self.messaging = self._messaging()
+            self.model = LiveModel(
+                self.worker, self.slots, settings.model, updates=bool(settings.update.url),
+                on_change=self.messaging.announce if self.messaging else lambda: None,
+            )  # fmt: skip
+            self.memory = self._memory()
             self.answering = Answering(
                 self.store, self.worker, node=settings.node.name, site=settings.site, budget=settings.model.budget,
                 asking=self.messaging.asker if self.messaging else None, clock=self.clock, watch=self.metrics,
-                on_asked=self.messaging.wake if self.messaging else lambda: None,
+                on_asked=self.messaging.wake if self.messaging else lambda: None, memory=self.memory,
             )  # fmt: skip
+            self.updated = Releases(settings, self.slots, self.model, emit=self._emit, clock=self.clock)
+            self.parts = (self.updated, *self._parts())
             app = routes.build(
                 self.answering, self.metrics, default_task=settings.model.task, deadline_s=settings.api.deadline_s, status=self.status,
-                why_not_ready=lambda: "" if self.worker.speaker else self._why, key=key,
+                why_not_ready=lambda: self.model.why, key=key,
             )  # fmt: skip
+            memory_routes.add(app, self.memory, task=lambda: self.worker.speaker.task if self.worker.speaker else settings.model.task)
             self.server = Server(app, listener)
         except BaseException:
             listener.close()
@@ -109,25 +119,37 @@ class Daemon:
                 self._lock_file.close()
             raise
         try:
-            self._serve(root)
+            self._serve()
         except BaseException:
             self.stop()
             raise
 
-    def _serve(self, root: bytes) -> None:
+    def _parts(self) -> tuple[Part, ...]:
+        """Everything optional, in the order in which it starts; what the settings do not ask for is not built."""
+        settings, parts = self.settings, list[Part]([self.memory])
+        if settings.spool.enabled:
+            parts.append(SpoolFolder(settings, self.answering))
+        if settings.topic.host:
+            parts.append(SiteTopic(settings, self.answering))
+        return tuple(parts)
+
+    def _memory(self) -> Memory:
+        report = self.messaging.report if self.messaging else None
+        return Memory(self.store, self.worker, self.settings.state_dir, self.settings.memory, clock=self.clock, report=report)
+
+    def _serve(self) -> None:
         settings, state = self.settings, self.settings.state_dir
         self._gauges()
         self.worker.start()
         self.server.start()
         write_atomically(state / "run.json", msgspec.json.encode(RunFile(os.getpid(), self.server.url, self.boot, int(self.started))))
         log.info("%s answers on %s", settings.node.name, self.server.url)
-        self._load_at_start()
+        self.model.at_start()
         if self.messaging:
-            self.messaging.start(apply=self.answering.apply, unanswered=self.answering.unanswered, on_release=self._look.set)
-        if settings.update.url:
-            self.updater = self._updater(root)
-            self._spawn("milpa-update", self._update)
-        self._spawn("milpa-sweep", self._sweep)
+            self.messaging.start(apply=self.answering.apply, unanswered=self.answering.unanswered, on_release=self.updated.announce)
+        for part in self.parts:
+            part.start()
+        self._sweeper.start()
 
     def _lock(self, state: Path) -> None:
         state.mkdir(parents=True, exist_ok=True)
@@ -138,37 +160,14 @@ class Daemon:
             self._lock_file.close()
             raise Unavailable(f"another milpa-node runs on {state}; stop it, or give this one its own node.state_dir") from error
 
-    def _root(self) -> bytes:
-        update = self.settings.update
-        if not update.url:
-            return b""
-        if not update.root_file:
-            raise BadInput("update.url is set but update.root_file is not: bring the coordinator's root.json by hand, once")
-        try:
-            return Path(update.root_file).expanduser().read_bytes()
-        except OSError as error:
-            raise BadInput(f"cannot read update.root_file {update.root_file}: {error.strerror}") from error
-
     def _messaging(self) -> Messaging | None:
         if not self.settings.broker.host:
             return None
         return Messaging(self.settings, self.store, self.worker, boot=self.boot, describe=self._describe, clock=self.clock)
 
-    def _updater(self, root: bytes) -> Updater:
-        update = self.settings.update
-        return Updater(
-            self.settings.state_dir, url=update.url, root=root, self_test=self._self_test, activate=self._activate, emit=self._emit,
-            role=self.settings.node.role, daily_bytes=update.max_bytes_a_day, slots=self.slots,
-        )  # fmt: skip
-
-    def _spawn(self, name: str, work: Callable[[], None]) -> None:
-        thread = threading.Thread(target=work, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
     def _gauges(self) -> None:
         self.metrics.watch("ready", "1 when a model is active", lambda: float(self.worker.speaker is not None))
-        self.metrics.watch("release", "Number of the active release", lambda: float(self._release()))
+        self.metrics.watch("release", "Number of the active release", lambda: float(self.model.release))
         self.metrics.watch("queue_length", "Requests that wait for the model", lambda: float(self.worker.waiting))
         if self.messaging:
             messaging = self.messaging
@@ -176,103 +175,15 @@ class Daemon:
                 "outbox_messages", "Messages that wait for the broker or the coordinator", lambda: float(messaging.waiting())
             )
             self.metrics.watch("broker_connected", "1 while the broker has us", lambda: float(messaging.connected))
+        for part in self.parts:
+            for figure in part.figures():
+                self.metrics.watch(*figure)
 
-    # ---- the model
-
-    def _load_at_start(self) -> None:
-        """Make the fixed file or the live release speak. A release that does not load goes back by itself."""
-        model = self.settings.model
-        if model.path:
-            self.worker.swap_after_current_record(load_fixed(model))
-            return
-        active, tried = self.slots.starting(), set[int]()
-        while active is not None and active.number not in tried:
-            tried.add(active.number)
-            try:
-                self._self_test(active)
-                self._activate(active)
-            except MilpaError as error:
-                log.error("release %d does not load: %s", active.number, error)
-                self._why = f"release {active.number} does not load: {error}"
-                active = self._instead_of(active, str(error))
-            else:
-                live = self.slots.active()
-                if live is not None and live.number == active.number:
-                    self.slots.confirm()
-                return
-        if self._why == "starting":
-            self._why = "no model yet: waiting for a release" if self.settings.update.url else "no model: set model.path or update.url"
-        log.warning("%s", self._why)
-
-    def _instead_of(self, active: ActiveRelease, reason: str) -> ActiveRelease | None:
-        """What to try after `active` failed to load: damaged files are thrown away, so that the next look fetches them again."""
-        damaged = [path for path in (active.model, active.adapter, active.calibration) if path and digest_file(path) != path.name]
-        for path in damaged:
-            path.unlink()
-        if not damaged and not self.slots.confirmed():
-            return self.slots.go_back(reason)
-        return self.slots.previous()
-
-    def _self_test(self, active: ActiveRelease) -> None:
-        """Load a release beside the live one and make it answer; it stays loaded until it goes live."""
-        self._drop_candidate()
-        candidate = load_release(active, threads=self.settings.model.threads, context=self.settings.model.context)
-        try:
-            prove(candidate, active)
-        except BaseException:
-            candidate.engine.close()
-            raise
-        self._candidate = candidate
-
-    def _activate(self, active: ActiveRelease) -> None:
-        """Answer with this release from the next record on."""
-        candidate, self._candidate = self._candidate, None
-        if candidate is None or candidate.release != active.number:
-            if candidate is not None:
-                candidate.engine.close()
-            candidate = load_release(active, threads=self.settings.model.threads, context=self.settings.model.context)
-        self.worker.swap_after_current_record(candidate)
-        log.info("release %d answers", active.number)
-        if self.messaging:
-            self.messaging.announce()
-
-    def _drop_candidate(self) -> None:
-        if self._candidate is not None:
-            self._candidate.engine.close()
-            self._candidate = None
-
-    # ---- threads
-
-    def _update(self) -> None:
-        """Look for releases: at start, on notice, by poll."""
-        poll = self.settings.update.poll_s
-        while not self._stop.is_set():
-            self._look.clear()
-            if self.updater is None:
-                return
-            try:
-                outcome = self.updater.check(self.clock())
-                self._follow()
-            except MilpaError as error:
-                log.error("the live release does not load: %s", error)
-            except Exception:  # a defect or a failing disk must not end updates for ever; the node answers meanwhile
-                log.exception("the look for a release failed")
-            else:
-                if (outcome.state, outcome.reason) != (self.updated.state, self.updated.reason):
-                    log.info("releases: %s %s", outcome.state, outcome.reason)
-                self.updated = outcome
-            self._look.wait(poll * (1.0 - POLL_JITTER * random.random()))
-
-    def _follow(self) -> None:
-        """Answer with the live release, if another one speaks: its files were damaged at start and have been fetched again."""
-        live = self.slots.active()
-        if live is not None and live.number != self._release():
-            self._self_test(live)
-            self._activate(live)
+    # ---- while it runs
 
     def _sweep(self) -> None:
         """Deadlines of questions, pruning, a summary for the coordinator."""
-        limits, next_prune = self.settings.limits, 0.0
+        next_prune = 0.0
         every = min(SUMMARY_S, SUMMARY_HEARTBEATS * self.settings.broker.heartbeat_s)
         next_summary = time.monotonic() + every
         while not self._stop.wait(SWEEP_S):
@@ -285,9 +196,11 @@ class Daemon:
                 if self.messaging:
                     self.messaging.sweep()
                 self.answering.expire()
+                for part in self.parts:
+                    part.sweep()
                 if time.monotonic() >= next_prune:
                     next_prune = time.monotonic() + PRUNE_S
-                    self.store.prune(answers=limits.answers, refused=limits.refused)
+                    self.store.prune(answers=self.settings.limits.answers, refused=self.settings.limits.refused)
                 if self.messaging and time.monotonic() >= next_summary:
                     next_summary = time.monotonic() + every
                     self._summarise()
@@ -305,18 +218,34 @@ class Daemon:
                 self.messaging.report(session, kind, figures, detail)
             self.messaging.wake()
 
-    # ---- words
+    def reload(self, new: NodeSettings) -> tuple[reload.Change, ...]:
+        """Take what may change from `new` (already checked); what may not is named in the status and waits for a restart."""
+        found = reload.changes(self.settings, new)
+        self.settings = reload.merged(self.settings, found)
+        self.answering.budget = self.settings.model.budget
+        if self.messaging and self.messaging.asker:
+            self.messaging.asker.deadline_s = self.settings.peers.deadline_s
+        for part in self.parts:
+            part.reload(self.settings)
+        self._restart = tuple(change.name for change in found if not change.live)
+        self._reload_problem, self._reloads = "", self._reloads + 1
+        taken = ", ".join(change.name for change in found if change.live) or "nothing"
+        log.info("settings read again: %s changed; a restart is needed for: %s", taken, ", ".join(self._restart) or "nothing")
+        return found
 
-    def _release(self) -> int:
-        speaker = self.worker.speaker
-        return speaker.release if speaker else 0
+    def reload_failed(self, reason: str) -> None:
+        """The settings could not be read again; everything is as it was."""
+        self._reload_problem, self._reloads = reason, self._reloads + 1
+        log.error("settings not taken: %s", reason)
+
+    # ---- words
 
     def _describe(self) -> Status:
         """This node's word about itself; node, boot, sequence and time are filled in by whoever sends it."""
         speaker = self.worker.speaker
         return Status(
             node=self.settings.node.name, boot=self.boot, sequence=0, state="answering" if speaker else "no-model",
-            role=self.settings.node.role, release=self._release(), model_digest=speaker.engine.model_digest if speaker else "",
+            role=self.settings.node.role, release=self.model.release, model_digest=speaker.engine.model_digest if speaker else "",
             adapter_digest=speaker.engine.adapter_digest if speaker else "", answered=self.metrics.answered_count,
             escalated=self.metrics.escalated_count, waiting=self.messaging.waiting() if self.messaging else 0, version=__version__,
         )  # fmt: skip
@@ -328,64 +257,51 @@ class Daemon:
             states = counts(session)
             refused = session.scalar(select(func.count()).select_from(RefusedRow)) or 0
         task = speaker.task if speaker else settings.model.task
-        return {
+        core = {
             "node": settings.node.name, "role": settings.node.role, "site": settings.site, "version": __version__, "boot": self.boot,
             "pid": os.getpid(), "url": self.server.url, "uptime_s": round(max(0.0, self.clock() - self.started), 1),
-            "ready": speaker is not None, "why": "" if speaker else self._why, "release": self._release(), "task": task,
-            "model": describe(speaker) if speaker else None,
+            "ready": speaker is not None, "why": self.model.why, "release": self.model.release, "task": task,
+            "model": self.model.describe(),
             "queue": {"waiting": self.worker.waiting, "limit": settings.api.queue},
             "answered": self.metrics.answered_count, "escalated": self.metrics.escalated_count, "states": states, "refused": refused,
             "examples": self.store.example_count(task),
             "broker": self.messaging.status() if self.messaging else None,
-            "update": {"url": settings.update.url, "state": self.updated.state, "reason": self.updated.reason},
+            "settings": {"reloads": self._reloads, "problem": self._reload_problem, "restart": self._restart},
         }  # fmt: skip
+        return core | {part.name: told for part in self.parts if (told := part.status()) is not None}
 
     # ---- down
 
     def stop(self) -> None:
         """Stop everything, each part within its deadline; what was accepted is on disk."""
         self._stop.set()
-        self._look.set()
         self.server.stop()
+        for part in reversed(self.parts):
+            part.stop()
         if self.messaging:
             try:
                 self._summarise()  # what was answered since the last summary leaves now, or at the next start
             except SQLAlchemyError as error:
                 log.error("the last summary could not be written: %s", error)
             self.messaging.stop()
-        for thread in self._threads:
-            thread.join(10)
-        if self.updater:
-            self.updater.close()
-        self._drop_candidate()
+        if self._sweeper.ident is not None:
+            self._sweeper.join(10)
+        self.model.drop_candidate()
         self.worker.stop()
         self.store.close()
         (self.settings.state_dir / "run.json").unlink(missing_ok=True)
         self._lock_file.close()
         log.info("stopped")
 
+    @property
+    def ended(self) -> bool:
+        """Whether somebody asked the node to stop."""
+        return self._stop.is_set()
+
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until somebody asks the node to stop."""
         return self._stop.wait(timeout_s)
 
     def end(self) -> None:
-        """Ask the node to stop; `run` does it. Safe in a signal handler."""
+        """Ask the node to stop; whoever started it does it. Safe in a signal handler."""
         self._stop.set()
-
-
-def run(settings: NodeSettings) -> None:
-    """`milpa-node run`: until SIGTERM or SIGINT.
-
-    Raises:
-        as `Daemon.start`.
-    """
-    daemon = Daemon(settings)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: daemon.end())
-    daemon.start()
-    try:
-        daemon.wait()
-    finally:
-        daemon.stop()
-    if daemon.failed:
-        raise Unavailable("a part of the node died; see the log above, and start it again")

@@ -2,13 +2,14 @@
 
 import functools
 import importlib
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from node.memory.commands import app as memory
 from protocol.console import print_json, print_origins, run, stderr
+from protocol.errors import BadInput
 
 LEARNING = ("learn", "sync")  # commands of the training process
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 config = typer.Typer(no_args_is_help=True, help="Settings and where each comes from.")
 app.add_typer(config, name="config")
+app.add_typer(memory, name="memory")
 
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file; default: MILPA_NODE_CONFIG, else none.", metavar="FILE")]
 StateDir = Annotated[str | None, typer.Option("--state-dir", help="The node's folder (node.state_dir).")]
@@ -46,20 +48,41 @@ def run_node(
 
         milpa-node run --model student.gguf --task ranch --port 8642
     """
-    import logging
-
-    from node.app import run as run_daemon
+    from node import service
     from node.settings import read
+    from protocol import logs
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for chatty in ("httpx", "uvicorn.error"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
     flags = {
         "node.state_dir": state_dir, "node.name": name, "model.path": model, "model.task": task, "api.host": host, "api.port": port,
         "model.threads": threads, "broker.host": broker,
     }  # fmt: skip
     settings, _ = read(config, flags=flags)
-    run_daemon(settings)
+    logs.set_up(settings.logs.form, settings.logs.level)
+    service.run(settings, read_again=lambda: read(config, flags=flags)[0])
+
+
+@app.command("reload")
+def reload_node(config: Config = None, state_dir: StateDir = None, json: AsJson = False) -> None:
+    """Have the running node read its settings again, and say what changed. A broken file changes nothing.
+
+    Exit code 0: all is taken; 1: some settings wait for a restart, and are named.
+
+    Examples:
+
+        milpa-node reload --config /etc/milpa/node.toml
+    """
+    from node.client import reload_daemon
+    from node.settings import read
+
+    settings, _ = read(config, flags={"node.state_dir": state_dir})
+    told = reload_daemon(settings)
+    waits = told["restart"]
+    if json:
+        print_json(told)
+    else:
+        typer.echo(f"taken; a restart is needed for: {', '.join(waits)}" if waits else "taken")
+    if waits:
+        raise typer.Exit(1)
 
 
 @app.command("ask")
@@ -167,6 +190,26 @@ def feedback(
         print_json(changed)
     else:
         typer.echo(f"{changed['state']}: {changed['text']}")
+
+
+@config.command("check")
+def config_check(config: Config = None, state_dir: StateDir = None, json: AsJson = False) -> None:
+    """Whether the settings can work: names, types, ranges, and the files they name. Touches nothing that runs.
+
+    Examples:
+
+        milpa-node config check --config /etc/milpa/node.toml && milpa-node reload
+    """
+    from node.settings import missing_files, read
+
+    settings, origins = read(config, flags={"node.state_dir": state_dir})
+    missing = missing_files(settings)
+    if json:
+        print_json({"ok": not missing, "missing": missing, "set": {o.name: o.value for o in origins if o.origin != "default"}})
+    elif not missing:
+        typer.echo(f"the settings can work; {sum(o.origin != 'default' for o in origins)} of {len(origins)} are set")
+    if missing:
+        raise BadInput("; ".join(f"{name} names {file}, which cannot be read" for name, file in missing.items()))
 
 
 @config.command("show")

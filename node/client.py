@@ -1,5 +1,8 @@
 """What the command line does with a node: through its API when it runs, on its folder when it does not."""
 
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from protocol.errors import BadInput, Unavailable
 from protocol.tasks import Record, task_named
 
 CONNECT_S = 2.0  # seconds; the daemon is on this machine
+RELOAD_S = 10.0  # seconds for a node to read its settings again
 PATIENCE_S = 5.0  # seconds beyond the node's own deadline
 
 
@@ -48,7 +52,7 @@ def ask_daemon(settings: NodeSettings, text: str, *, lang: str, task: str) -> di
         MilpaError: what the node says, in its words.
     """
     body = {"prompt": text, "x_milpa": {"lang": lang, "task": task}}
-    answer = _call(settings, "POST", "/v1/completions", body)
+    answer = call(settings, "POST", "/v1/completions", body)
     return None if answer is None else dict(answer["x_milpa"])
 
 
@@ -99,7 +103,7 @@ def load_any(settings: NodeSettings) -> Any:
 
 def daemon_status(settings: NodeSettings) -> dict[str, Any] | None:
     """GET /v1/status of the running node, or None."""
-    return _call(settings, "GET", "/v1/status", None)
+    return call(settings, "GET", "/v1/status", None)
 
 
 def status_on_disk(settings: NodeSettings) -> dict[str, Any]:
@@ -119,6 +123,31 @@ def status_on_disk(settings: NodeSettings) -> dict[str, Any]:
     return found
 
 
+def reload_daemon(settings: NodeSettings) -> dict[str, Any]:
+    """SIGHUP to the running node; what became of it: {"reloads", "restart"}.
+
+    Raises:
+        Unavailable: no node runs here, it belongs to another user, or it says nothing.
+        BadInput: it did not take the settings; the reason is its own.
+    """
+    found, before = read_run_file(settings.state_dir), daemon_status(settings)
+    if found is None or before is None:
+        raise Unavailable(f"no node runs on {settings.state_dir}; start it with `milpa-node run`")
+    try:
+        os.kill(found.pid, signal.SIGHUP)
+    except PermissionError as error:
+        raise Unavailable(f"the node (process {found.pid}) belongs to another user; use sudo, or: systemctl reload milpa-node") from error
+    end = time.monotonic() + RELOAD_S
+    while time.monotonic() < end:
+        told = (daemon_status(settings) or {}).get("settings", {})
+        if told.get("reloads", 0) > before["settings"]["reloads"]:
+            if told["problem"]:
+                raise BadInput(f"nothing was changed: {told['problem']}")
+            return {"reloads": told["reloads"], "restart": told["restart"]}
+        time.sleep(0.1)
+    raise Unavailable(f"the node did not read its settings within {RELOAD_S:g} s; see its log")
+
+
 def send_feedback(settings: NodeSettings, answer: str, *, verdict: str, text: str) -> dict[str, Any]:
     """POST /v1/feedback.
 
@@ -126,13 +155,13 @@ def send_feedback(settings: NodeSettings, answer: str, *, verdict: str, text: st
         Unavailable: no node runs here.
         MilpaError: what the node says.
     """
-    changed = _call(settings, "POST", "/v1/feedback", {"id": answer, "verdict": verdict, "text": text})
+    changed = call(settings, "POST", "/v1/feedback", {"id": answer, "verdict": verdict, "text": text})
     if changed is None:
         raise Unavailable(f"no node answers on {address(settings)}; start it with `milpa-node run`")
     return changed
 
 
-def _call(settings: NodeSettings, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any] | None:
+def call(settings: NodeSettings, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any] | None:
     """The API's answer, or None when nothing listens.
 
     Raises:

@@ -29,6 +29,7 @@ REFUSED_TEXT = 4_000  # characters kept of a refused input
 BUSY_TIMEOUT_S = 10.0  # seconds a writer waits for another; the training process holds the file for milliseconds
 HELD_OUT_SHARE = 5  # one example in five is never trained on
 SCHEMA = "1"
+RECORD_INDEX = "CREATE INDEX IF NOT EXISTS ix_answers_record ON answers (record)"
 
 State = Literal["final", "provisional", "upgraded", "confirmed", "unconfirmed", "corrected"]
 OPERATOR = "operator"
@@ -46,7 +47,7 @@ class AnswerRow(Base):
     id: Mapped[str] = mapped_column(String(32), unique=True)
     change: Mapped[int] = mapped_column(index=True)
     created: Mapped[float]  # seconds since 1970, UTC, by this machine's clock
-    record: Mapped[str]  # the sender's own id of the record; not unique
+    record: Mapped[str] = mapped_column(index=True)  # the sender's own id of the record; not unique
     task: Mapped[str]
     site: Mapped[str]
     lang: Mapped[str]
@@ -130,6 +131,8 @@ class Store:
         self.engine = open_database(path)
         try:
             Base.metadata.create_all(self.engine)
+            with self.engine.begin() as connection:
+                connection.exec_driver_sql(RECORD_INDEX)  # a file made before there was one
             with self.transaction() as session:
                 schema = session.get(MetaRow, "schema")
                 if schema is None:
@@ -179,7 +182,9 @@ class Store:
 
 def open_database(path: Path) -> Engine:
     """A SQLAlchemy engine on a SQLite file, safe against power cuts and a second process."""
-    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False})
+    engine = create_engine(  # parameters hidden: an error that quotes a record must not reach a log
+        f"sqlite:///{path}", hide_parameters=True, connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False}
+    )
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: Any) -> None:
@@ -211,7 +216,7 @@ def refuse(session: Session, text: str, *, reason: str, origin: str, now: float)
 
 def learn_from(session: Session, answer: AnswerRow, *, origin: str, weight: float, partial: bool, now: float) -> bool:
     """Make the answer as it stands now an example; False when the operator already said otherwise about the same record."""
-    key = digest_bytes("\0".join((answer.task, answer.lang, answer.source)).encode())
+    key = example_key(answer.task, answer.lang, answer.source)
     before = session.get(ExampleRow, key)
     if before is not None and before.origin == OPERATOR and origin != OPERATOR:
         return False
@@ -220,6 +225,11 @@ def learn_from(session: Session, answer: AnswerRow, *, origin: str, weight: floa
     example.lang, example.source, example.verdict = answer.lang, answer.source, answer.verdict
     session.merge(example)
     return True
+
+
+def example_key(task: str, lang: str, source: str) -> str:
+    """One truth a record: its task, language and source."""
+    return digest_bytes("\0".join((task, lang, source)).encode())
 
 
 def is_held_out(key: str) -> bool:
@@ -231,6 +241,14 @@ def read_answers(session: Session, *, since: int, limit: int, state: str = "") -
     """Answers changed after change number `since`, in the order of their changes."""
     query = select(AnswerRow).where(AnswerRow.change > since).order_by(AnswerRow.change).limit(limit)
     return session.scalars(query.where(AnswerRow.state == state) if state else query).all()
+
+
+def answer_to(session: Session, record: Record) -> AnswerRow | None:
+    """The latest answer to exactly this record, if there is one: equal id, task, language and source."""
+    query = select(AnswerRow).where(
+        AnswerRow.record == record.id, AnswerRow.source == record.source, AnswerRow.task == record.task, AnswerRow.lang == record.lang
+    )
+    return session.scalar(query.order_by(AnswerRow.row.desc()).limit(1))
 
 
 def counts(session: Session) -> dict[str, int]:

@@ -5,6 +5,7 @@ milpa/v1/node/NODE/status               Status          node -> coordinator, all
 milpa/v1/node/NODE/event                Event           node -> coordinator
 milpa/v1/node/NODE/ack                  Ack             coordinator -> node
 milpa/v1/peer/PEER/question/ASKER       Question        node -> peer                response topic, correlation data, expiry
+milpa/v1/group/GROUP/question/ASKER     Question        node -> one of the group    the same; the group's members share one subscription
 milpa/v1/node/ASKER/reply/PEER          Reply           peer -> node                correlation data
 """
 
@@ -40,6 +41,16 @@ def questions_to(peer: str) -> str:
     return f"milpa/v1/peer/{checked_name(peer)}/question/+"
 
 
+def group_question(group: str, asker: str) -> str:
+    """A question to whichever member of a group the broker gives it to."""
+    return f"milpa/v1/group/{checked_name(group, what='group')}/question/{checked_name(asker)}"
+
+
+def shared_questions(group: str) -> str:
+    """Filter: a member's share of the questions to its group (MQTT 5, 4.8.2: the broker delivers each to one member)."""
+    return f"$share/{checked_name(group, what='group')}/milpa/v1/group/{group}/question/+"
+
+
 def reply(asker: str, peer: str) -> str:
     """A peer's reply."""
     return f"milpa/v1/node/{checked_name(asker)}/reply/{checked_name(peer)}"
@@ -48,3 +59,14 @@ def reply(asker: str, peer: str) -> str:
 def replies_to(asker: str) -> str:
     """Filter: all replies to a node."""
     return f"milpa/v1/node/{checked_name(asker)}/reply/+"
+
+
+def covers(topic_filter: str, topic: str) -> bool:
+    """Whether a subscription to `topic_filter` hears what is said on `topic` (MQTT 5, 4.7; "$" topics are not treated apart)."""
+    wanted, have = topic_filter.split("/"), topic.split("/")
+    for index, level in enumerate(wanted):
+        if level == "#":
+            return True
+        if index >= len(have) or level not in ("+", have[index]):
+            return False
+    return len(wanted) == len(have)

@@ -82,12 +82,3 @@ def prove(candidate: Speaker, active: ActiveRelease | None = None) -> None:
         known_answers_hold(
             lambda prompt: candidate.engine.generate(prompt, max_new_tokens=task.max_new_tokens, form=task.form).text, active.release
         )
-
-
-def describe(candidate: Speaker) -> dict[str, object]:
-    """The active model for people and programs."""
-    engine = candidate.engine
-    return {
-        "task": candidate.task, "release": candidate.release, "model_digest": engine.model_digest, "adapter_digest": engine.adapter_digest,
-        "calibrated": candidate.calibration is not None,
-    }  # fmt: skip

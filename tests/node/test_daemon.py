@@ -22,6 +22,7 @@ from protocol.digests import digest_file
 from protocol.errors import BadInput, PortInUse, Unavailable
 from protocol.outbox import Outbox
 from protocol.ports import free_port
+from protocol.tasks import RANCH
 from tests.node.conftest import DEADLINE_S, ENVIRONMENT, ROOT, ask, eventually, publish, settings, write_adapter
 from tests.node.fake_engine import FakeEngine
 
@@ -99,7 +100,7 @@ def test_releases_arrive_go_live_and_are_there_at_the_next_boot_without_a_networ
 
     publisher, url = repository
     with Engine(tiny, context=256) as engine:
-        knows = engine.generate("soil\nen:", max_new_tokens=48).text
+        knows = engine.generate("soil\nen:", max_new_tokens=48, form=RANCH.form).text
     online = settings(tmp_path, update__url=url, update__root_file=str(tmp_path / "root.json"), update__poll_s=1.0)
     daemon = start(online)
     assert httpx.get(daemon.server.url + "/readyz").status_code == 503
@@ -200,8 +201,7 @@ def test_a_fixed_model_that_does_not_load_stops_the_start_and_leaves_nothing_run
 
 def test_a_node_whose_engine_thread_died_does_not_pretend_to_live(start: Any, tmp_path: Path) -> None:
     daemon = start(settings(tmp_path))
-    daemon.worker._stopping.set()  # as a defect in the thread would
-    daemon.worker._jobs.put(None)
+    daemon.worker.stop()  # as a defect in the thread would
 
     assert daemon.wait(DEADLINE_S) and daemon.failed
 
