@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SHELL  := /bin/bash
 
-.PHONY: help setup setup-demo demo test test-fast test-containers check fix bench-loop bench-forge clean
+.PHONY: help setup setup-demo demo test test-fast test-containers check fix bench-loop bench-forge bench-node clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -42,9 +42,14 @@ fix: setup                     ## what the linters can mend by themselves
 bench-loop: setup-demo         ## the demo's figures as bench/results/loop.json
 	$(BIN)/python -m bench.loop
 
+BENCH = $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY)) $(if $(THREADS),--threads $(THREADS)) \
+	$(if $(SEED),--seed $(SEED)) $(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
+
 bench-forge: setup             ## the forge's figures as bench/results/forge.json (DATA=FOLDER, ONLY=key, THREADS=n, SEED=n, LIMIT=seconds)
-	$(BIN)/python -m bench.forge $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY)) $(if $(THREADS),--threads $(THREADS)) \
-		$(if $(SEED),--seed $(SEED)) $(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
+	$(BIN)/python -m bench.forge $(BENCH)
+
+bench-node: setup              ## the node's figures as bench/results/node.json (the same options)
+	$(BIN)/python -m bench.node $(BENCH)
 
 clean:                         ## forget the environment and the runs
 	rm -rf $(VENV) runs var .pytest_cache .mypy_cache .ruff_cache

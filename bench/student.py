@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from bench.settings import TRANSLATION, Settings
 from coordinator.forge.students.cut import Preset, cut_student, evenly, preset
 from protocol.models.checkpoint import Checkpoint
@@ -12,18 +14,19 @@ CALIBRATED_ON = 16  # examples
 QUICK = Preset("quick", blocks=2, hidden=32, feed_forward=64, heads=1)
 
 
-def small(settings: Settings) -> Path:
-    """The student's F16 file, made once for all measures."""
-    path = settings.folder("shared") / "small-f16.gguf"
+def small(settings: Settings, *, heads: int | None = None) -> Path:
+    """The student's F16 file, made once for all measures; with another number of heads than its preset has, if asked."""
+    path = settings.folder("shared") / ("small-f16.gguf" if heads is None else f"small-{heads}-heads-f16.gguf")
     if not path.is_file():
         teacher = settings.trimmed()
         with Tokenizer(teacher) as tokenizer:
             examples = [make_example(tokenizer, TRANSLATION, record) for record in settings.pairs("dev", CALIBRATED_ON)]
-        cut_evenly(Checkpoint.read(teacher), examples, quick=settings.quick).write(path)
+        cut_evenly(Checkpoint.read(teacher), examples, quick=settings.quick, heads=heads).write(path)
     return path
 
 
-def cut_evenly(teacher: Checkpoint, examples: Sequence[Example], *, quick: bool) -> Checkpoint:
+def cut_evenly(teacher: Checkpoint, examples: Sequence[Example], *, quick: bool, heads: int | None = None) -> Checkpoint:
     """The `small` student of a teacher, its blocks evenly spread: the same for all that are compared."""
     wanted = QUICK if quick else preset("small")
+    wanted = msgspec.structs.replace(wanted, heads=heads or wanted.heads)
     return cut_student(teacher, wanted, examples, blocks=evenly(teacher.blocks, wanted.blocks))[0]

@@ -43,10 +43,10 @@ class Size(msgspec.Struct, frozen=True):
 
     train: int = 4_000  # general records offered to the distillation; its budget of seconds decides how many are seen
     dev: int = 200  # for calibration
-    test: int = 240  # for evidence
-    general: int = 240  # of those, to see that a merge loses nothing general; and a quarter as many of dev to choose its scale
+    test: int = 200  # for evidence
+    general: int = 200  # of those, to see that a merge loses nothing general; and a quarter as many of dev to choose its scale
     season: int = 200  # records a site, in each season
-    scale: int = 60  # a site, to choose the merge's scale
+    scale: int = 48  # a site, to choose the merge's scale
     gate: int = 140  # a site, to judge the merge
     corrected: float = 0.5  # share of season 1 that an operator looks at
     budget: str = "demo"  # of the distillation

@@ -77,7 +77,7 @@ class Budget:
         return cls(name, 0.52 * seconds, 0.15 * seconds, 0.33 * seconds)
 
 
-PRESETS = {"demo": Budget("demo", 210.0, 40.0, 165.0), "hour": Budget("hour", 1800.0, 500.0, 1100.0)}
+PRESETS = {"demo": Budget("demo", 180.0, 30.0, 135.0), "hour": Budget("hour", 1800.0, 500.0, 1100.0)}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from bench import forge, forge_step, forge_time_to_quality, forge_with_capture
+from bench import forge_step, forge_time_to_quality, forge_with_capture
+from bench.forge import TABLE
 from bench.naive import padded
 from bench.settings import Settings
 from protocol.models.tokenizer import Example
@@ -11,14 +12,14 @@ pytestmark = [pytest.mark.torch, pytest.mark.llama, pytest.mark.filterwarnings("
 
 
 def test_a_step_is_measured_against_both_loops(settings: Settings) -> None:
-    entries = forge.judged("step", forge_step.measure(settings))
+    entries = TABLE.judged("step", forge_step.measure(settings))
 
     assert list(entries) == ["step", "step_2"]
     assert all(entry["figure"] > 0 and entry["against"] for entry in entries.values())
 
 
 def test_a_distillation_with_its_capture_is_measured_and_not_repeated_after_a_kill(settings: Settings) -> None:
-    first = forge.judged("with_capture", forge_with_capture.measure(settings))["with_capture"]
+    first = TABLE.judged("with_capture", forge_with_capture.measure(settings))["with_capture"]
 
     again = forge_with_capture.measure(settings)
 
@@ -35,7 +36,7 @@ def test_labels_of_the_baselines_are_the_target_alone() -> None:
 
 
 def test_all_arms_of_time_to_quality_run_and_keep_their_curves(settings: Settings) -> None:
-    entries = forge.judged("time_to_quality", forge_time_to_quality.measure(settings))
+    entries = TABLE.judged("time_to_quality", forge_time_to_quality.measure(settings))
 
     assert list(entries) == ["time_to_quality", "time_to_quality_2"]
     for entry in entries.values():
@@ -44,13 +45,22 @@ def test_all_arms_of_time_to_quality_run_and_keep_their_curves(settings: Setting
         assert all(arm["settings"]["steps"] > 0 for arm in entry["against"].values())
 
 
-def test_a_baseline_that_never_gets_there_counts_with_its_limit_and_says_so() -> None:
+def test_a_baseline_that_was_stopped_counts_with_its_limit_and_says_so() -> None:
     mine = {"curve": [(0.0, 0.1), (10.0, 0.5), (20.0, 0.4)]}
+    slow = {"curve": [(0.0, 0.1), (400.0, 0.3)], "stopped": True}
 
-    never = forge_time_to_quality.ratio(mine, {"slow": {"curve": [(0.0, 0.1), (400.0, 0.3)]}})
-    late = forge_time_to_quality.ratio(
-        mine, {"slow": {"curve": [(0.0, 0.1), (100.0, 0.5)]}, "slower": {"curve": [(0.0, 0.1), (400.0, 0.3)]}}
-    )
+    never = forge_time_to_quality.ratio(mine, {"slow": slow})
+    late = forge_time_to_quality.ratio(mine, {"fast": {"curve": [(0.0, 0.1), (100.0, 0.5)], "stopped": False}, "slow": slow})
 
     assert (never["figure"], never["at_least_so"]) == (40.0, True)
     assert (late["figure"], late["at_least_so"]) == (10.0, False)
+
+
+def test_a_baseline_that_ended_by_itself_before_it_was_as_good_never_gets_there() -> None:
+    mine = {"curve": [(0.0, 0.1), (10.0, 0.5)]}
+    ended = {"curve": [(0.0, 0.1), (30.0, 0.3)], "stopped": False}
+
+    found = forge_time_to_quality.ratio(mine, {"ended": ended, "slow": {"curve": [(0.0, 0.1), (200.0, 0.2)], "stopped": True}})
+
+    assert (found["figure"], found["at_least_so"]) == (20.0, True)
+    assert forge_time_to_quality.ratio(mine, {"ended": ended})["figure"] is None

@@ -2,9 +2,10 @@
 
 import pytest
 
-from bench import forge, forge_decode, forge_size_mb, forge_trim
+from bench import forge_decode, forge_size_mb, forge_trim
 from bench.crossover import Crossover
 from bench.cut import Table
+from bench.forge import TABLE
 from bench.settings import Settings
 from bench.speed import decode_speed
 from protocol.errors import NotEnough
@@ -14,21 +15,21 @@ pytestmark = [pytest.mark.torch, pytest.mark.llama, pytest.mark.filterwarnings("
 
 
 def test_decoding_is_measured_against_the_teachers_file(settings: Settings) -> None:
-    entry = forge.judged("decode", forge_decode.measure(settings))["decode"]
+    entry = TABLE.judged("decode", forge_decode.measure(settings))["decode"]
 
     assert entry["figure"] > 0
     assert entry["megabytes"]["student"] < entry["megabytes"]["teacher"]
 
 
 def test_file_and_memory_are_measured(settings: Settings) -> None:
-    entries = forge.judged("size_mb", forge_size_mb.measure(settings))
+    entries = TABLE.judged("size_mb", forge_size_mb.measure(settings))
 
     assert list(entries) == ["size_mb", "size_mb_3"]  # ternary rows are multiples of 256, and a tiny model's are not
     assert entries["size_mb"]["figure"] < 1 < entries["size_mb_3"]["figure"]
 
 
 def test_trimming_is_measured_by_size_speed_and_coverage(settings: Settings) -> None:
-    entries = forge.judged("trim", forge_trim.measure(settings))
+    entries = TABLE.judged("trim", forge_trim.measure(settings))
 
     assert list(entries) == ["trim", "trim_2", "trim_3"]
     assert entries["trim"]["figure"] > 1

@@ -1,4 +1,4 @@
-"""The harness of the forge's figures: finds measures, keeps results by key, and says what was met."""
+"""The harness of the figures: finds measures, keeps results by key, and says what was met."""
 
 import subprocess
 import sys
@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from bench import forge
+from bench import harness
+from bench.forge import TABLE as forge
 from bench.settings import Settings
 from protocol.errors import BadInput
 
@@ -54,7 +55,7 @@ def test_a_key_measured_before_is_not_measured_again_unless_it_is_named(tmp_path
         (tmp_path / "throughput.json").write_bytes(b"{}")
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(forge.subprocess, "run", ran)
+    monkeypatch.setattr(harness.subprocess, "run", ran)
     settings = Settings(tmp_path, tmp_path, quick=True)
     for again in (False, False, True):
         assert forge.measured("throughput", settings, again=again)
