@@ -47,6 +47,7 @@ PURE = (
     "coordinator/federation/admission.py", "coordinator/federation/gate.py", "coordinator/forge/synthesis/gates.py",
     "coordinator/forge/judging/categories.py", "coordinator/forge/judging/metrics.py", "coordinator/forge/judging/regressions.py",
     "coordinator/forge/judging/claims.py", "coordinator/forge/judging/economics.py",
+    "protocol/words.py", "node/page/door.py", "node/page/html.py", "node/page/pages.py", "node/page/words.py",
     "node/escalation/consensus.py", "node/energy/rules.py", "node/learn/rules.py",
 )  # fmt: skip
 IMPURE_MODULES = {"time", "os", "socket", "random", "subprocess", "threading", "requests", "httpx", "pathlib", "sqlite3", "sqlalchemy"}

@@ -1,6 +1,6 @@
 """Who may ask, and how much at once: the key, the host name, the size of a body. Plain ASGI, before any parsing.
 
-* A key, where one is set, on everything but /healthz and /readyz.
+* A key, where one is set, on everything but /healthz, /readyz and the page for people, which has a door of its own (node/page/door.py).
 * Without a key, requests must name this machine as their host: a web page elsewhere could otherwise reach us through a name that its
   owner points at 127.0.0.1.
 """
@@ -12,6 +12,8 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from node.page import door
 
 BODY_LIMIT = 256 * 1024  # bytes; a record is at most 4,000 characters, a chat may carry old messages
 OPEN = ("/healthz", "/readyz")
@@ -56,7 +58,7 @@ class Guard:
     def _refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str, str, str] | None:
         if self.key:
             given = headers.get("authorization", "").removeprefix("Bearer ")
-            if path not in OPEN and not hmac.compare_digest(given.encode(), self.key.encode()):
+            if path not in OPEN and not door.guards(path) and not hmac.compare_digest(given.encode(), self.key.encode()):
                 return 401, "this node wants its key: Authorization: Bearer KEY", "authentication_error", "invalid_api_key"
         elif _host(headers.get("host", "")) not in OUR_HOSTS:
             return 421, "this node answers on 127.0.0.1 and localhost only; set api.key_file to open it", "invalid_request_error", "host"

@@ -6,10 +6,11 @@ GET  /v1/answers/ID, /v1/answers?since=N     answers as they stand now, with upg
 POST /v1/feedback                            the operator's word: {id, verdict?, text?}
 GET  /v1/models, /v1/status                  the active model; the node as a whole
 GET  /healthz, /readyz, /metrics             alive; a model is active (else 503 and why); Prometheus
+GET  /                                       the page for people; see node/page/
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Query, Request
@@ -26,6 +27,7 @@ from node.api import shapes
 from node.api.guard import Guard, error_body
 from node.api.metrics import Metrics
 from node.engine.worker import Busy, Late
+from node.page import routes as page
 from node.store import AnswerRow, new_id, read_answers
 from protocol import codec
 from protocol.errors import BadInput, MilpaError, NotEnough, TooLarge
@@ -51,7 +53,9 @@ def build(
     deadline_s: float,
     status: Callable[[], dict[str, Any]],
     why_not_ready: Callable[[], str],
+    examine: Callable[[], Sequence[Any]] = tuple,
     key: str = "",
+    clock: Callable[[], float] = time.time,
 ) -> FastAPI:
     """The application.
 
@@ -60,6 +64,7 @@ def build(
         deadline_s: seconds a request waits for its answer.
         status: what GET /v1/status says.
         why_not_ready: "" when the node can answer.
+        examine: the doctor's findings, for the page.
         key: see `guard`.
     """
     app = FastAPI(title="Milpa node", openapi_url="/openapi.json", docs_url=None, redoc_url=None)
@@ -143,6 +148,7 @@ def build(
     def figures() -> Response:
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
+    page.add(app, answering, status=status, examine=examine, key=key, clock=clock)
     _tell_errors(app, answering)
 
     app.add_middleware(Guard, key=key, count=metrics.requested)

@@ -68,7 +68,7 @@ class NodeInMemory:
         )
         self.app = routes.build(
             self.answering, self.metrics, default_task="ranch", deadline_s=deadline_s, status=dict,
-            why_not_ready=lambda: "" if self.worker.speaker else "no model yet",
+            why_not_ready=lambda: "" if self.worker.speaker else "no model yet", clock=self.clock,
         )  # fmt: skip
 
     def answer(self, source: str = "soil 21 C", **fields: Any) -> Any:
