@@ -9,6 +9,8 @@ Rules:
 Limits: `capacity` waiting requests; no batching, since one sequence already uses every thread it is given.
 """
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import math
@@ -18,23 +20,26 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from protocol.confidence import Calibration
 from protocol.errors import BadInput, Unavailable
-from protocol.models.engine import Generation, Piece
 from protocol.tasks import Form
+
+if TYPE_CHECKING:  # a daemon without a model must not pay for llama.cpp and numpy: 20 MiB
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from protocol.models.engine import Generation, Piece
 
 IDLE_S = 5.0  # seconds between looks at the stop flag when nothing is asked; `stop` wakes the thread anyway
 FIRST_GUESS_S = 0.1  # seconds a record takes, before any was answered
 REMEMBERED = 0.2  # weight of the latest record in the running mean of seconds a record
 FIRST, SPARE, LAST = 0, 1, 2  # order in the queue: answers, sampling, nothing
 
-OnPiece = Callable[[Piece], None]
+OnPiece = Callable[["Piece"], None]
 
 
 class Busy(Unavailable):
@@ -62,6 +67,7 @@ class Speaks(Protocol):
 
     model_digest: str
     adapter_digest: str
+    parameters: int  # of the model; 0: not known
 
     def generate(
         self, prompt: str, *, max_new_tokens: int, form: Form | None = None, on_piece: OnPiece | None = None, alternatives: int = 0
@@ -109,7 +115,7 @@ class _Job(msgspec.Struct):
     work: Callable[[Speaker, OnPiece], Any]  # what to compute; the second is called at every token and raises when it is to stop
     deadline: float  # by the monotonic clock
     rank: int
-    done: "Future[Any]"
+    done: Future[Any]
     gone: threading.Event  # set by an asker who no longer waits
 
 
