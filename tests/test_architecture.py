@@ -27,6 +27,8 @@ HOMES = {
     "flwr": ("coordinator/federation/", "node/learn/"),
     "tuf": ("coordinator/fleet/", "node/update/"),
     "securesystemslib": ("coordinator/fleet/", "node/update/"),
+    "apsw": ("node/memory/vectors.py",),
+    "sqlite_vec": ("node/memory/vectors.py",),
     "paho": ("protocol/mqtt.py",),
     "iotcore": ("deploy/broker.py",),
     "aquacrop": ("coordinator/ranch/",),
@@ -43,12 +45,12 @@ HOMES = {
 PURE = (
     "protocol/names.py", "protocol/messages.py", "protocol/tasks.py", "protocol/releases.py", "protocol/adapters.py",
     "protocol/codec.py", "protocol/topics.py", "protocol/confidence.py", "protocol/models/spelling.py", "protocol/models/logits.py",
-    "coordinator/federation/merge.py",
+    "protocol/links.py", "protocol/frames.py", "coordinator/federation/merge.py",
     "coordinator/federation/admission.py", "coordinator/federation/gate.py", "coordinator/forge/synthesis/gates.py",
     "coordinator/forge/judging/categories.py", "coordinator/forge/judging/metrics.py", "coordinator/forge/judging/regressions.py",
     "coordinator/forge/judging/claims.py", "coordinator/forge/judging/economics.py",
     "protocol/words.py", "node/page/door.py", "node/page/html.py", "node/page/pages.py", "node/page/words.py",
-    "node/escalation/consensus.py", "node/energy/rules.py", "node/learn/rules.py",
+    "node/escalation/consensus.py", "node/memory/rules.py", "node/energy/rules.py", "node/learn/rules.py",
 )  # fmt: skip
 IMPURE_MODULES = {"time", "os", "socket", "random", "subprocess", "threading", "requests", "httpx", "pathlib", "sqlite3", "sqlalchemy"}
 
