@@ -19,7 +19,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ class Daemon:
             self.parts = (self.updated, *self._parts())
             app = routes.build(
                 self.answering, self.metrics, default_task=settings.model.task, deadline_s=settings.api.deadline_s, status=self.status,
-                why_not_ready=lambda: self.model.why, key=key,
+                why_not_ready=lambda: self.model.why, examine=self._examine, key=key, clock=self.clock,
             )  # fmt: skip
             memory_routes.add(app, self.memory, task=lambda: self.worker.speaker.task if self.worker.speaker else settings.model.task)
             self.server = Server(app, listener)
@@ -269,6 +269,12 @@ class Daemon:
             "settings": {"reloads": self._reloads, "problem": self._reload_problem, "restart": self._restart},
         }  # fmt: skip
         return core | {part.name: told for part in self.parts if (told := part.status()) is not None}
+
+    def _examine(self) -> Sequence[Any]:
+        """What the doctor says of this running node, for its page."""
+        from node import doctor  # when somebody looks
+
+        return doctor.examine(self.settings, now=self.clock, running=self.status())
 
     # ---- down
 
