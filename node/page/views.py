@@ -1,5 +1,6 @@
 """What the page shows, read from the store in one transaction; and figures out of the node's status. Nothing here changes anything."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,7 +91,9 @@ def energy(status: Mapping[str, Any]) -> tuple[float | None, str, float | None]:
     told = status.get("energy")
     if not isinstance(told, Mapping):
         return None, "", None
-    return _number(told.get("joules_today")), str(told.get("source") or ""), _number(told.get("charge"))
+    joules = told.get("joules_today")  # by what they were spent on
+    spent = math.fsum(_number(value) or 0.0 for value in joules.values()) if isinstance(joules, Mapping) else None
+    return spent, str(told.get("source") or ""), _number(told.get("charge"))
 
 
 def data(status: Mapping[str, Any]) -> tuple[float | None, float | None]:

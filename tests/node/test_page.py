@@ -118,8 +118,8 @@ def test_what_a_record_says_is_text_and_never_markup(unsure_alone: Any) -> None:
 
 
 def test_energy_and_data_are_shown_where_they_are_measured_and_said_not_to_be_where_not(sure: Any) -> None:
-    app, status = FastAPI(), {"ready": True, "energy": {"joules_today": 7200.0, "source": "solar", "charge": 0.8},
-                              "link": {"bytes_today": 1500, "bytes_a_day": 100_000}}  # fmt: skip
+    energy = {"joules_today": {"answer": 7000.0, "idle": 200.0}, "source": "solar", "charge": 0.8}
+    app, status = FastAPI(), {"ready": True, "energy": energy, "link": {"bytes_today": 1500, "bytes_a_day": 100_000}}
     page_routes.add(app, sure.answering, status=lambda: status)
 
     measured = page(TestClient(app))
