@@ -101,7 +101,7 @@ class Answering:
         self._watch = watch
         self._on_asked = on_asked  # called after the commit: the outbox may look now
 
-    def answer(self, record: Record, *, deadline_s: float) -> Given:
+    def answer(self, record: Record, *, deadline_s: float, origin: str = "api") -> Given:
         """The local answer to `record`, within `deadline_s` seconds; stored, and asked of a peer when it is too unsure.
 
         Raises:
@@ -114,7 +114,7 @@ class Answering:
             prompt = task.prompt(record)
             spoken = self.worker.ask(task.name, prompt, max_new_tokens=task.max_new_tokens, deadline_s=deadline_s, form=task.form)
         except BadInput as error:
-            self.refuse(record.source, reason=str(error), origin="api")
+            self.refuse(record.source, reason=str(error), origin=origin)
             raise
         answer = task.parse(spoken.generation.text)
         judgement = judge_answer(task, answer, spoken, budget=self.budget)
