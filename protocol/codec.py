@@ -12,6 +12,7 @@ from protocol.messages import Message
 from protocol.names import checked_name
 from protocol.tasks import LANGUAGES, SOURCE_LIMIT, Record
 
+CONTENT_TYPE = "application/json"
 MESSAGE_LIMIT = 64 * 1024  # bytes; the broker's max_packet_size is four times that
 
 T = TypeVar("T")

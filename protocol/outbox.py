@@ -1,25 +1,29 @@
 """What must still be said: a durable outbox in the caller's own database.
 
 A message enters the outbox in the same transaction as the fact it reports, so after any kill there are both or neither. A drain thread
-hands it to the broker and hands it over again until it is settled. What settles depends on the kind:
+hands it to the broker and hands it over again until it is settled. The class of a message (`CLASSES`) decides the rest:
 
-kind       settled by                               resent after                    dropped for space
-question   `settle`, when its reply was applied     60 s, doubling to an hour       first
-reply      the broker's PUBACK                      -                               second
-event      the coordinator's Ack (`settle`)         60 s, doubling to an hour       last
+kind       settled by                               resent after                    leaves   dropped for space   waits at most
+reply      the broker's PUBACK                      -                               first    third               a day
+question   `settle`, when its reply was applied     60 s, doubling to an hour       second   second              30 days
+event      the coordinator's Ack (`settle`)         60 s, doubling to an hour       third    last                for ever
+bulk       its receiver's Ack (`settle`)            60 s, doubling to an hour       last     first               30 days
 
-A PUBACK is the broker's word that it has the message, not the receiver's: so we repeat, and receivers are idempotent by id.
-Oldest first; at most IN_FLIGHT at once; a message past `expires` leaves unsent.
+A PUBACK is the broker's word that it has the message, not the receiver's: so we repeat, and receivers are idempotent by id (`inbox`).
+Oldest first inside a class; at most IN_FLIGHT at once; a message past `expires` leaves unsent.
+Size: `put` refuses what no packet can carry, by our own limit and by the broker's once a CONNACK has told it (`connected`).
+Bytes: what the link does not carry, or what today's bytes do not reach for, waits here (`links`, `meter`); the order stays.
 Poison: when a connection ends, what was in flight is suspect and travels alone from then on; STRIKES ended connections and the message is
-parked with the reason, and the next one leaves; but not two in a row without a success between them, for then it is the broker that is
-sick. Full: the oldest of the class that matters least goes, and a line stays in `parked`.
+set aside, and the next one leaves; but not two in a row without a success between them, for then it is the broker that is sick. What is
+set aside is tried again every hour, alone, for it may be innocent: on a bad link connections end by themselves. After CHANCES more ends it
+is parked for good, with the reason. Full: the oldest of the class that matters least goes, and a line stays in `parked`.
 `put` fails for a single message that is too large and never for fullness: a node must go on answering when nobody listens for a month.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -27,25 +31,47 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
+from protocol import links
+from protocol.codec import CONTENT_TYPE
 from protocol.errors import BadInput, ConnectionLost, TooLarge, Unavailable
+from protocol.links import LinkRules, Traffic, Verdict
 from protocol.names import known
 
 MESSAGE_LIMIT = 64 * 1024  # bytes of one payload, as in codec
-ROW_LIMIT = 10_000  # messages waiting; a week at one a minute
+ROW_LIMIT = 20_000  # messages waiting; two weeks at one a minute
 SIZE_LIMIT = 32 * 1024 * 1024  # bytes of payload waiting
 PARKED_LIMIT = 500  # rows kept for the operator
 IN_FLIGHT = 10  # handed to the broker and not acknowledged; half of what a session allows, the rest is for status and replies
-STRIKES = 3  # ended connections until a message is parked
+STRIKES = 3  # ended connections until a message is set aside
+CHANCES = 8  # further ones until it is parked; a real poison costs a connection each
 RESEND_S, RESEND_CAP_S = 60.0, 3_600.0
 RETRY_S = 2.0  # seconds until a message is tried again that the broker could not take
 REFUSED_S = 300.0  # seconds until one that it did not want to take
+BEYOND_S = 3_600.0  # seconds until one that is larger than all of a day's bytes; the operator may allow more meanwhile
+TLS_BYTES = 22  # of one record
+ACKNOWLEDGED_BYTES = 27 + 2 * 52  # what a PUBACK and both packets' headers cost on top of a message, TLS included
 SWEEP_S = 5.0  # seconds between two looks for what expired
 POLL_S = 1.0  # how long a put may wait for a drain that nobody woke
 PUBACK_DEADLINE_S = 30.0  # then the message is handed over again
 
-Kind = Literal["question", "reply", "event"]
-DROP_ORDER: tuple[Kind, ...] = ("question", "reply", "event")
-SETTLED_BY_PUBACK = ("reply",)
+Kind = Literal["reply", "question", "event", "bulk"]
+
+
+class Class(msgspec.Struct, frozen=True):
+    """How messages of one kind are treated."""
+
+    drops: int  # the lower, the sooner it goes when there is no room
+    longest_s: float  # seconds it waits at most; 0: for ever
+    by_puback: bool = False  # done when the broker has it
+
+
+CLASSES: dict[Kind, Class] = {  # in the order of leaving
+    "reply": Class(drops=3, longest_s=86_400.0, by_puback=True),
+    "question": Class(drops=2, longest_s=30 * 86_400.0),
+    "event": Class(drops=4, longest_s=0.0),
+    "bulk": Class(drops=1, longest_s=30 * 86_400.0),
+}
+DROP_ORDER = tuple(sorted(CLASSES, key=lambda kind: CLASSES[kind].drops))
 
 log = logging.getLogger(__name__)
 metadata = sa.MetaData()
@@ -65,6 +91,7 @@ outbox = sa.Table(
     sa.Column("strikes", sa.Integer, nullable=False, default=0),  # connections that ended with it in flight
     sa.Column("due", sa.Float, nullable=False, default=0.0),  # not to be handed over before
     sa.Index("outbox_size", "kind", "size"),  # count and sum are read from the index alone
+    sa.Index("outbox_next", "kind", "position"),
     sqlite_autoincrement=True,
 )  # fmt: skip
 
@@ -78,6 +105,12 @@ parked = sa.Table(
     sa.Column("reason", sa.String(300), nullable=False),
     sa.Column("at", sa.Float, nullable=False),
     sqlite_autoincrement=True,
+)  # fmt: skip
+
+learned = sa.Table(
+    "outbox_learned", metadata,
+    sa.Column("row", sa.Integer, primary_key=True),  # always 1
+    sa.Column("packet_limit", sa.Integer, nullable=False),  # bytes of one packet, as the last CONNACK told
 )  # fmt: skip
 
 
@@ -108,11 +141,23 @@ class Link(Protocol):
         """Hand over; the future ends with None at the PUBACK, or with an error."""
 
 
+class Spends(Protocol):
+    """What the drain needs of `protocol.meter.Meter`."""
+
+    rules: LinkRules
+
+    def may_spend(self, cost: int, what: Traffic = "event") -> Verdict:
+        """Whether `cost` bytes may be spent today on `what`."""
+
+    def keep(self) -> None:
+        """Write what must be remembered."""
+
+
 class Waiting(msgspec.Struct, frozen=True):
     """One message in the outbox."""
 
     id: str
-    kind: str
+    kind: Kind
     topic: str
     payload: bytes
     expires: float
@@ -120,6 +165,12 @@ class Waiting(msgspec.Struct, frozen=True):
     correlation: bytes
     sent: int
     strikes: int
+
+    @property
+    def cost(self) -> int:
+        """Bytes on the wire, about, the acknowledgement included."""
+        size = packet_size(self.topic, self.payload, response_topic=self.response_topic, correlation=self.correlation)
+        return size + TLS_BYTES + ACKNOWLEDGED_BYTES
 
 
 class Parked(msgspec.Struct, frozen=True):
@@ -134,10 +185,11 @@ class Parked(msgspec.Struct, frozen=True):
 
 
 class Outbox:
-    """The outbox in `engine`'s database. Makes its tables.
+    """The outbox in `engine`'s database. Makes its tables. `packet_limit` is 0 until a broker has told one.
 
     Args:
         clock: seconds since 1970. Only differences matter, so a board that woke in 1970 works; `expires` is read on this clock.
+        resend, aside: seconds until a message leaves again that nobody answered, and one that was set aside; at most RESEND_CAP_S.
         on_dropped: told (id, kind, reason) of every message that left undelivered, after the transaction that removed it.
     """
 
@@ -149,13 +201,26 @@ class Outbox:
         size_limit: int = SIZE_LIMIT,
         clock: Callable[[], float] = time.time,
         resend: float = RESEND_S,
+        aside: float = RESEND_CAP_S,
         on_dropped: Callable[[str, str, str], None] | None = None,
     ) -> None:
-        self.engine, self.row_limit, self.size_limit, self.clock, self.resend = engine, row_limit, size_limit, clock, resend
+        self.engine, self.row_limit, self.size_limit, self.clock = engine, row_limit, size_limit, clock
+        self.resend, self.aside = resend, min(aside, RESEND_CAP_S)
         self._on_dropped = on_dropped
         self.woken = threading.Event()
-        self._something_left = True  # since a message was parked for ended connections
+        self._something_left = True  # since a message was set aside
         metadata.create_all(engine)
+        with engine.begin() as connection:
+            self.packet_limit = int(connection.execute(sa.select(learned.c.packet_limit)).scalar() or 0)
+
+    def connected(self, packet_limit: int) -> None:
+        """A broker took us: remember the largest packet it takes, over restarts too, and let the drain look."""
+        if packet_limit != self.packet_limit:
+            with self.engine.begin() as connection:
+                row = insert(learned).values(row=1, packet_limit=packet_limit)
+                connection.execute(row.on_conflict_do_update(index_elements=["row"], set_={"packet_limit": packet_limit}))
+            self.packet_limit = packet_limit
+        self.wake()
 
     def put(
         self,
@@ -172,17 +237,22 @@ class Outbox:
         """Queue a message inside the caller's transaction. Returns False, changing nothing, when `id` waits already.
 
         Args:
-            expires: seconds since 1970; 0 for never. The broker is told the same span.
+            expires: seconds since 1970; 0 for never. The broker is told the same span. No later than the class allows.
 
         Raises:
-            TooLarge: over MESSAGE_LIMIT.
+            TooLarge: over MESSAGE_LIMIT, or over what the broker takes in one packet.
             BadInput: an unknown kind, no topic or no id.
         """
         if len(payload) > MESSAGE_LIMIT:
             raise TooLarge(f"a message of {len(payload)} bytes does not go into the outbox, the limit is {MESSAGE_LIMIT}")
         if not id or not topic:
             raise BadInput("a message needs an id and a topic")
-        known(kind, DROP_ORDER, what="kind of message")
+        known(kind, CLASSES, what="kind of message")
+        packet = packet_size(topic, payload, response_topic=response_topic, correlation=correlation)
+        if 0 < self.packet_limit < packet:
+            raise TooLarge(f"a message to {topic} needs a packet of {packet} bytes, the broker takes {self.packet_limit}")
+        if longest := CLASSES[kind].longest_s:
+            expires = min(expires or float("inf"), self.clock() + longest)
         done = session.execute(
             insert(outbox)
             .values(
@@ -200,12 +270,17 @@ class Outbox:
         """Forget messages whose receiver has answered, inside the caller's transaction. Returns how many were still waiting."""
         return int(session.execute(sa.delete(outbox).where(outbox.c.id.in_(ids))).rowcount)
 
+    def taken(self, session: Executes, id: str) -> bool:
+        """Whether the broker has had a message, or it waits here no more."""
+        row = session.execute(sa.select(outbox.c.sent).where(outbox.c.id == id)).one_or_none()
+        return row is None or row.sent > 0
+
     def wake(self) -> None:
         """Tell the drain to look now; call it after a commit."""
         self.woken.set()
 
     def depth(self, session: Executes | None = None) -> int:
-        """How many messages wait."""
+        """How many messages wait; what was set aside waits too."""
         count = sa.select(sa.func.count()).select_from(outbox)
         if session is not None:
             return int(session.execute(count).scalar_one())
@@ -217,6 +292,10 @@ class Outbox:
         with self.engine.begin() as connection:
             return [_waiting(row) for row in connection.execute(sa.select(outbox).order_by(outbox.c.position))]
 
+    def set_aside(self) -> list[Waiting]:
+        """What ended STRIKES connections and is tried now and then, in order of entry."""
+        return [row for row in self.waiting() if row.strikes >= STRIKES]
+
     def parked(self) -> list[Parked]:
         """What will not leave, oldest first."""
         with self.engine.begin() as connection:
@@ -225,16 +304,19 @@ class Outbox:
 
     # ---- the drain's own steps; each is one transaction
 
-    def due(self, limit: int, *, without: frozenset[str] = frozenset()) -> list[Waiting]:
-        """The oldest messages that may leave now. A suspect one comes alone, and only when nothing is in flight."""
+    def due(self, limit: int, *, without: frozenset[str] = frozenset(), kinds: Collection[Kind] = tuple(CLASSES)) -> list[Waiting]:
+        """The messages that may leave now: by class, oldest first. A suspect one comes alone, and only when nothing is in flight."""
         now = self.clock()
         may_leave = sa.and_(
             sa.or_(outbox.c.due <= now, outbox.c.due > now + RESEND_CAP_S),  # the second: the clock was set back
             sa.or_(outbox.c.expires == 0, outbox.c.expires > now),
         )
-        query = sa.select(outbox).where(may_leave).order_by(outbox.c.position).limit(limit + len(without))
+        rows: list[Waiting] = []
         with self.engine.begin() as connection:
-            rows = [_waiting(row) for row in connection.execute(query)]
+            for kind in CLASSES:
+                if kind in kinds and len(rows) < limit + len(without):
+                    query = sa.select(outbox).where(outbox.c.kind == kind, may_leave).order_by(outbox.c.position)
+                    rows += [_waiting(row) for row in connection.execute(query.limit(limit + len(without) - len(rows)))]
         rows = [row for row in rows if row.id not in without][:limit]
         suspect = next((index for index, row in enumerate(rows) if row.strikes), None)
         if suspect is None:
@@ -243,18 +325,17 @@ class Outbox:
             return rows[:suspect]
         return [] if without else rows[:1]
 
-    def handed_over(self, id: str) -> None:
-        """The broker has it: a reply is done, the others wait for their receiver's word and leave again when it does not come."""
+    def handed_over(self, *ids: str) -> None:
+        """The broker has them: replies are done, the others wait for their receiver's word and leave again when it does not come."""
         self._something_left = True
         with self.engine.begin() as connection:
-            row = connection.execute(sa.select(outbox.c.kind, outbox.c.sent).where(outbox.c.id == id)).one_or_none()
-            if row is None:
-                return  # settled meanwhile
-            if row.kind in SETTLED_BY_PUBACK:
-                connection.execute(sa.delete(outbox).where(outbox.c.id == id))
-            else:
-                wait = min(RESEND_CAP_S, self.resend * 2.0 ** min(row.sent, 30))
-                connection.execute(sa.update(outbox).where(outbox.c.id == id).values(sent=row.sent + 1, strikes=0, due=self.clock() + wait))
+            for row in connection.execute(sa.select(outbox.c.id, outbox.c.kind, outbox.c.sent).where(outbox.c.id.in_(ids))).all():
+                if CLASSES[row.kind].by_puback:
+                    connection.execute(sa.delete(outbox).where(outbox.c.id == row.id))
+                else:
+                    wait = min(RESEND_CAP_S, self.resend * 2.0 ** min(row.sent, 30))
+                    values = {"sent": row.sent + 1, "strikes": 0, "due": self.clock() + wait}
+                    connection.execute(sa.update(outbox).where(outbox.c.id == row.id).values(**values))
 
     def postpone(self, id: str, seconds: float) -> None:
         """Not before `seconds` from now."""
@@ -262,22 +343,26 @@ class Outbox:
             connection.execute(sa.update(outbox).where(outbox.c.id == id).values(due=self.clock() + seconds))
 
     def strike(self, id: str, *, why: str) -> None:
-        """A connection ended with this message in flight: then it travels alone, and the STRIKES-th time it is parked."""
+        """A connection ended with this message in flight: from now on it travels alone, then it is set aside, then parked."""
+        reason = ""
         with self.engine.begin() as connection:
             row = connection.execute(sa.select(outbox).where(outbox.c.id == id)).one_or_none()
             if row is None:
                 return
-            strikes = row.strikes + 1
-            if strikes < STRIKES:
-                connection.execute(sa.update(outbox).where(outbox.c.id == id).values(strikes=strikes))
-                return
-            if not self._something_left:  # a second in a row: rather a sick broker than a second poison
-                connection.execute(sa.update(outbox).where(outbox.c.id == id).values(strikes=STRIKES - 1, due=self.clock() + self.resend))
-                return
-            reason = f"{strikes} connections ended while it was in flight; the last: {why}"
-            self._park(connection, row, reason, keep=True)
-            self._something_left = False
-        self._tell(row.id, row.kind, reason)
+            strikes, due = row.strikes + 1, row.due
+            if strikes == STRIKES and not self._something_left:  # a second in a row: rather a sick broker than a second poison
+                strikes, due = STRIKES - 1, self.clock() + self.resend
+            elif strikes >= STRIKES + CHANCES:
+                reason = f"{strikes} connections ended while it was in flight; the last: {why}"
+                self._park(connection, row, reason, keep=True)
+            elif strikes >= STRIKES:
+                due = self.clock() + self.aside
+                self._something_left = False
+                log.warning("outbox: %s %s is set aside, %d connections ended while it was in flight: %s", row.kind, id, strikes, why)
+            if not reason:
+                connection.execute(sa.update(outbox).where(outbox.c.id == id).values(strikes=strikes, due=due))
+        if reason:
+            self._tell(row.id, row.kind, reason)
 
     def park(self, id: str, reason: str) -> None:
         """Take a message out for good, keeping it for the operator."""
@@ -331,10 +416,17 @@ class Outbox:
 
 
 class Drain:
-    """The thread that hands the outbox over. Owns nothing durable: killed anywhere, the next one starts where the table says."""
+    """The thread that hands the outbox over. Owns nothing durable: killed anywhere, the next one starts where the table says.
 
-    def __init__(self, box: Outbox, link: Link, *, in_flight: int = IN_FLIGHT, poll: float = POLL_S) -> None:
-        self.outbox, self.link, self.in_flight, self.poll = box, link, in_flight, poll
+    Args:
+        meter: what the link may carry and spend; None: everything.
+    """
+
+    def __init__(
+        self, box: Outbox, link: Link, *, meter: Spends | None = None, in_flight: int = IN_FLIGHT, poll: float = POLL_S
+    ) -> None:  # fmt: skip
+        self.outbox, self.link, self.meter, self.in_flight, self.poll = box, link, meter, in_flight, poll
+        self.held = ""  # why the next message waits although the broker has us; for the operator
         self._flying: dict[str, _Flight] = {}
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -359,10 +451,9 @@ class Drain:
 
     def step(self) -> int:
         """One round: book what ended, sweep, hand over what may leave. Returns how many are in flight."""
-        for id, flight in list(self._flying.items()):
-            if flight.future.done() or time.monotonic() > flight.deadline:
-                del self._flying[id]
-                self._book(id, flight.future)
+        self._book_what_ended()
+        if self.meter is not None:
+            self.meter.keep()
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + SWEEP_S
             self.outbox.sweep()
@@ -380,11 +471,18 @@ class Drain:
                 self._stopping.wait(self.poll)
             self.outbox.woken.wait(self.poll)
 
-    def _book(self, id: str, future: "Future[None]") -> None:
-        error = future.exception() if future.done() else Unavailable("no PUBACK in time")
+    def _book_what_ended(self) -> None:
+        """All that the broker acknowledged in one transaction, which on an SD card is one wait; the others one by one."""
+        ended = [(id, self._flying.pop(id)) for id, flight in list(self._flying.items()) if flight.ended]
+        taken = [id for id, flight in ended if flight.future.done() and flight.future.exception() is None]
+        if taken:
+            self.outbox.handed_over(*taken)
+        for id, flight in ended:
+            if id not in taken:
+                self._book(id, flight.future.exception() if flight.future.done() else Unavailable("no PUBACK in time"))
+
+    def _book(self, id: str, error: BaseException | None) -> None:
         match error:
-            case None:
-                self.outbox.handed_over(id)
             case TooLarge():
                 self.outbox.park(id, str(error))
             case ConnectionLost():
@@ -396,7 +494,11 @@ class Drain:
                 self.outbox.postpone(id, RETRY_S)
 
     def _hand_over(self) -> None:
-        for row in self.outbox.due(self.in_flight - len(self._flying), without=frozenset(self._flying)):
+        kinds = [kind for kind in CLASSES if self.meter is None or kind in self.meter.rules.travels]
+        self.held = ""
+        for row in self.outbox.due(self.in_flight - len(self._flying), without=frozenset(self._flying), kinds=kinds):
+            if not self._affordable(row):
+                return  # nothing overtakes it
             expiry = None if row.expires == 0 else max(1, int(row.expires - self.outbox.clock()))
             try:
                 future = self.link.send(
@@ -412,14 +514,40 @@ class Drain:
                 continue
             except Unavailable:
                 return  # no room in the session: the next round
-            self._flying[row.id] = _Flight(future, time.monotonic() + PUBACK_DEADLINE_S, row.strikes > 0)
+            self._flying[row.id] = _Flight(future, time.monotonic() + PUBACK_DEADLINE_S, row.strikes > 0, row.cost)
             future.add_done_callback(lambda _: self.outbox.wake())
+
+    def _affordable(self, row: Waiting) -> bool:
+        """Whether today's bytes reach for the message, and for what is in flight and not counted yet."""
+        if self.meter is None:
+            return True
+        under_way = sum(flight.cost for flight in self._flying.values())
+        verdict = self.meter.may_spend(under_way + row.cost, row.kind)
+        if not verdict.ok:
+            self.held = verdict.reason
+            if not links.may_spend(self.meter.rules, 0, row.cost, row.kind).ok:  # on no day: it must not hold up the others
+                log.warning("outbox: %s %s needs more than all of a day's bytes: %s", row.kind, row.id, verdict.reason)
+                self.outbox.postpone(row.id, BEYOND_S)
+        return verdict.ok
 
 
 class _Flight(NamedTuple):
     future: "Future[None]"
     deadline: float  # monotonic seconds
     suspect: bool  # nothing else is handed over meanwhile
+    cost: int  # bytes on the wire, about
+
+    @property
+    def ended(self) -> bool:
+        return self.future.done() or time.monotonic() > self.deadline
+
+
+def packet_size(topic: str, payload: bytes, *, response_topic: str = "", correlation: bytes = b"") -> int:
+    """Bytes of the MQTT 5 packet that carries a message at most: fixed header 5, packet id 2, properties of what is set."""
+    properties = 4 + 3 + len(CONTENT_TYPE) + 5  # their length, the content type, the expiry
+    properties += 3 + len(response_topic.encode()) if response_topic else 0
+    properties += 3 + len(correlation) if correlation else 0
+    return 5 + 2 + len(topic.encode()) + 2 + properties + len(payload)
 
 
 def _waiting(row: Any) -> Waiting:

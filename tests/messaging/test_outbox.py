@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from sqlalchemy.orm import Session as Transaction
 
+from protocol import links
 from protocol.errors import BadInput, ConnectionLost, TooLarge, Unavailable
-from protocol.outbox import IN_FLIGHT, MESSAGE_LIMIT, PARKED_LIMIT, RESEND_CAP_S, STRIKES, Drain, Outbox
+from protocol.outbox import BEYOND_S, CHANCES, CLASSES, IN_FLIGHT, MESSAGE_LIMIT, PARKED_LIMIT, RESEND_CAP_S, STRIKES, Drain, Outbox
 
 
 class Clock:
@@ -31,15 +32,16 @@ class FakeLink:
         self.flying: dict[str, Future[None]] = {}
 
     def send(self, topic, payload, *, response_topic=None, correlation=None, expiry=None, timeout=0.0):
-        self.sent.append(payload.decode())
+        id = payload.decode().rstrip(".")
+        self.sent.append(id)
         future: Future[None] = Future()
-        answer = self.answer(payload.decode())
+        answer = self.answer(id)
         if isinstance(answer, Exception):
             future.set_exception(answer)
         elif answer is None:
             future.set_result(None)
         else:
-            self.flying[payload.decode()] = future
+            self.flying[id] = future
         return future
 
     def lose_connection(self) -> None:
@@ -63,9 +65,10 @@ def link():
     return FakeLink()
 
 
-def put(box, id, kind="event", **options):
+def put(box, id, kind="event", *, size=0, **options):
+    """A message whose payload is its id, filled up to `size` bytes."""
     with box.engine.begin() as connection:
-        return box.put(connection, "t", id.encode(), id=id, kind=kind, **options)
+        return box.put(connection, "t", id.encode().ljust(size, b"."), id=id, kind=kind, **options)
 
 
 def ids(box):
@@ -121,12 +124,12 @@ def test_an_event_nobody_acknowledged_leaves_again_later_and_later(box, link, cl
         while len(link.sent) == before:
             drain.step()
             drain.step()
-            clock.now += 10
-            waited += 10
+            clock.now += 30
+            waited += 30
         gaps.append(waited)
 
     assert gaps[1:4] == [60, 120, 240]
-    assert max(gaps) <= RESEND_CAP_S + 20
+    assert max(gaps) <= RESEND_CAP_S + 60
 
 
 def test_a_clock_set_back_holds_nothing_up(box, link, clock):
@@ -182,15 +185,10 @@ def test_what_expired_leaves_unsent_and_is_told(database, clock, link):
     assert told == [("short", "question", "expired")]
 
 
-def test_a_poison_message_is_parked_after_three_ended_connections_and_the_others_leave(box, link):
-    """The broker ends the connection whenever it sees the poison: whatever was in flight with it must not be parked along."""
-    link.answer = lambda id: "wait"
-    for id in ("a", "poison", "c", "d"):
-        put(box, id)
+def until_only_poison_waits(box, link):
+    """The broker ends the connection whenever it sees the poison, and acknowledges the rest; the coordinator as well."""
     drain = Drain(box, link)
-    rounds = 0
-    while ids(box) and rounds < 40:
-        rounds += 1
+    for _ in range(40):
         drain.step()
         if "poison" in link.flying:
             link.lose_connection()
@@ -200,13 +198,56 @@ def test_a_poison_message_is_parked_after_three_ended_connections_and_the_others
         with box.engine.begin() as connection:
             box.settle(connection, *received)
 
-    assert [(row.id, row.payload) for row in box.parked()] == [("poison", b"poison")]
+
+def test_a_poison_message_is_set_aside_after_three_ended_connections_and_the_others_leave(box, link):
+    """Whatever was in flight with it must not be set aside along."""
+    link.answer = lambda id: "wait"
+    for id in ("a", "poison", "c", "d"):
+        put(box, id)
+
+    until_only_poison_waits(box, link)
+
+    assert ids(box) == [row.id for row in box.set_aside()] == ["poison"]
     assert link.sent.count("poison") == STRIKES
     assert {"a", "c", "d"} <= set(link.sent)
+
+
+def test_a_message_that_was_set_aside_is_tried_every_hour_and_parked_in_the_end(box, link, clock):
+    link.answer = lambda id: "wait"
+    put(box, "poison")
+    until_only_poison_waits(box, link)
+
+    for hour in range(1, CHANCES + 1):
+        clock.now += RESEND_CAP_S
+        put(box, f"healthy-{hour}")
+        until_only_poison_waits(box, link)
+        assert link.sent.count("poison") == STRIKES + hour
+
     assert ids(box) == []
+    [parked] = box.parked()
+    assert (parked.id, parked.payload) == ("poison", b"poison")
+    assert parked.reason.startswith(f"{STRIKES + CHANCES} connections ended")
 
 
-def test_a_broker_that_ends_every_connection_gets_no_more_than_one_message_parked(box, link, clock):
+def test_an_innocent_message_that_was_set_aside_on_a_bad_link_leaves_an_hour_later(box, link, clock):
+    link.answer = lambda id: "wait"
+    put(box, "innocent")
+    drain = Drain(box, link)
+    for _ in range(STRIKES):
+        drain.step()
+        link.lose_connection()
+    drain.step()
+    assert [row.id for row in box.set_aside()] == ["innocent"]
+
+    link.answer = lambda id: None
+    clock.now += RESEND_CAP_S
+    drain.step()
+    drain.step()
+
+    assert [(row.id, row.sent, row.strikes) for row in box.waiting()] == [("innocent", 1, 0)]
+
+
+def test_a_broker_that_ends_every_connection_gets_no_more_than_one_message_set_aside(box, link, clock):
     link.answer = lambda id: "wait"
     for number in range(5):
         put(box, str(number))
@@ -215,7 +256,8 @@ def test_a_broker_that_ends_every_connection_gets_no_more_than_one_message_parke
         drain.step()
         link.lose_connection()
         clock.now += 10
-    assert [row.id for row in box.parked()] == ["0"]
+    assert [row.id for row in box.set_aside()] == ["0"]
+    assert box.parked() == []
 
     link.answer = lambda id: None
     for _ in range(100):
@@ -245,7 +287,7 @@ def test_a_message_the_broker_may_not_take_waits_for_the_operator_and_holds_nobo
     drain.step()
     drain.step()
 
-    assert link.sent == ["not-mine", "mine"]
+    assert link.sent == ["mine", "not-mine"]
     assert ids(box) == ["not-mine"]
     assert box.parked() == []
 
@@ -261,14 +303,133 @@ def test_a_message_without_id_topic_or_known_kind_is_refused(box, id, topic, kin
         box.put(connection, topic, b"x", id=id, kind=kind)
 
 
-def test_a_full_outbox_drops_the_oldest_question_first_and_events_last_and_keeps_the_reason(database, clock):
+def test_classes_leave_in_their_order_and_the_oldest_first_inside_each(box, link):
+    for id, kind in (
+        ("b", "bulk"),
+        ("e1", "event"),
+        ("q1", "question"),
+        ("r1", "reply"),
+        ("e2", "event"),
+        ("q2", "question"),
+        ("r2", "reply"),
+    ):
+        put(box, id, kind)
+
+    Drain(box, link).step()
+
+    assert link.sent == ["r1", "r2", "q1", "q2", "e1", "e2", "b"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind, rules in CLASSES.items() if rules.longest_s])
+def test_a_class_has_a_longest_wait_whatever_its_sender_wishes(box, clock, kind):
+    longest = CLASSES[kind].longest_s
+    put(box, "no end named", kind)
+    put(box, "too long", kind, expires=clock.now + 10 * longest)
+    put(box, "shorter", kind, expires=clock.now + 5)
+
+    assert [row.expires for row in box.waiting()] == [clock.now + longest, clock.now + longest, clock.now + 5]
+
+
+def test_an_event_waits_for_ever(box, clock):
+    put(box, "e", "event")
+    clock.now += 10 * 365 * 86_400
+
+    assert (box.sweep(), ids(box)) == (0, ["e"])
+
+
+def test_what_the_broker_told_it_takes_is_refused_at_once_and_after_a_restart(box, clock):
+    put(box, "before anybody told", size=2_000)
+    box.connected(1_024)
+
+    with pytest.raises(TooLarge, match="takes 1024"):
+        put(box, "big", size=1_000)
+    with pytest.raises(TooLarge, match="takes 1024"):
+        put(Outbox(box.engine, clock=clock), "big", size=1_000)
+
+    assert put(box, "fits", size=900) is True
+
+
+class Purse:
+    """A meter with so many bytes a day, that nobody spends but by asking."""
+
+    def __init__(self, name: str = "cellular", bytes_a_day: int = 0) -> None:
+        self.rules, self.spent, self.kept = links.link(name, bytes_a_day=bytes_a_day), 0, 0
+
+    def may_spend(self, cost, what="event"):
+        return links.may_spend(self.rules, self.spent, cost, what)
+
+    def keep(self):
+        self.kept += 1
+
+
+def test_what_todays_bytes_do_not_reach_for_waits_by_class_and_leaves_tomorrow(box, link):
+    for id, kind in (("e1", "event"), ("q1", "question"), ("r1", "reply")):
+        put(box, id, kind)
+    purse = Purse(bytes_a_day=10_000)
+    drain = Drain(box, link, meter=purse)
+
+    purse.spent = 9_000  # 500 are kept from questions and 1,500 from events: one reply and one question find room
+    drain.step()
+    drain.step()
+    assert link.sent == ["r1", "q1"]
+    assert "are kept for what matters more" in drain.held
+
+    purse.spent = 0
+    drain.step()
+
+    assert link.sent == ["r1", "q1", "e1"]
+    assert drain.held == ""
+    assert "e1" in ids(box) and box.parked() == []
+
+
+def test_what_is_in_flight_counts_as_spent(box, link):
+    link.answer = lambda id: "wait"
+    for number in range(10):
+        put(box, f"r{number}", "reply")
+    cost = box.waiting()[0].cost
+    purse = Purse(bytes_a_day=100 * cost)
+    purse.spent = 100 * cost - 2 * cost - 3 * cost - cost // 2  # two are kept for what matters more, three and a half are left
+
+    Drain(box, link, meter=purse).step()
+
+    assert link.sent == ["r0", "r1", "r2"]
+
+
+def test_a_message_larger_than_all_of_a_days_bytes_holds_nobody_up(box, link, clock):
+    put(box, "big", "reply", size=9_000)
+    put(box, "small", "reply")
+    drain = Drain(box, link, meter=Purse(bytes_a_day=5_000))
+
+    drain.step()
+    drain.step()
+
+    assert link.sent == ["small"]
+    drain.meter = Purse(bytes_a_day=50_000)  # the operator allows more
+    clock.now += BEYOND_S
+    drain.step()
+    assert link.sent == ["small", "big"]
+
+
+def test_what_a_link_does_not_carry_waits_for_a_richer_one(box, link):
+    for id, kind in (("e", "event"), ("q", "question"), ("b", "bulk")):
+        put(box, id, kind)
+
+    Drain(box, link, meter=Purse("lora")).step()
+
+    assert link.sent == ["q"]
+    assert ids(box) == ["e", "q", "b"]
+
+
+def test_a_full_outbox_drops_bulk_first_and_events_last_and_keeps_the_reason(database, clock):
     box = Outbox(database, row_limit=3, clock=clock)
-    for id, kind in (("e1", "event"), ("q1", "question"), ("r1", "reply"), ("e2", "event"), ("e3", "event"), ("e4", "event")):
+    for id, kind in (
+        ("e1", "event"), ("b1", "bulk"), ("q1", "question"), ("r1", "reply"), ("e2", "event"), ("e3", "event"), ("e4", "event"),
+    ):  # fmt: skip
         put(box, id, kind)
 
     assert ids(box) == ["e2", "e3", "e4"]
-    assert [(row.id, row.payload) for row in box.parked()] == [("q1", b""), ("r1", b""), ("e1", b"")]
-    assert "oldest question went" in box.parked()[0].reason
+    assert [(row.id, row.payload) for row in box.parked()] == [("b1", b""), ("q1", b""), ("r1", b""), ("e1", b"")]
+    assert "oldest bulk went" in box.parked()[0].reason
 
 
 def test_parked_messages_are_bounded(database, clock):
@@ -285,7 +446,7 @@ def test_a_round_that_fails_on_the_database_loses_no_message(box, link, monkeypa
     drain = Drain(box, link)
     drain.step()
     with monkeypatch.context() as broken:
-        broken.setattr(box, "handed_over", lambda id: (_ for _ in ()).throw(sa.exc.OperationalError("", {}, Exception("disk is full"))))
+        broken.setattr(box, "handed_over", lambda *ids: (_ for _ in ()).throw(sa.exc.OperationalError("", {}, Exception("disk is full"))))
         with pytest.raises(sa.exc.OperationalError):
             drain.step()
 
@@ -316,7 +477,7 @@ class Bookkeeping(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.engine.dispose()
 
-    @rule(target=messages, kind=st.sampled_from(["event", "question", "reply"]))
+    @rule(target=messages, kind=st.sampled_from(list(CLASSES)))
     def put_one(self, kind):
         id = f"{len(self.put):03d}"
         put(self.box, id, kind)
