@@ -174,6 +174,13 @@ class Store:
         with self.transaction() as session:
             return session.scalar(select(func.count()).where(ExampleRow.task == task)) or 0
 
+    def example_parts(self, task: str) -> tuple[int, int]:
+        """How many confirmed examples of `task` there are to train on, and how many are held out."""
+        with self.transaction() as session:
+            rows = session.execute(select(ExampleRow.held_out, func.count()).where(ExampleRow.task == task).group_by(ExampleRow.held_out))
+            found = {bool(held_out): int(count) for held_out, count in rows}
+        return found.get(False, 0), found.get(True, 0)
+
     def refuse(self, text: str, *, reason: str, origin: str, now: float) -> None:
         """Keep an unusable input with the reason."""
         with self.transaction() as session:

@@ -20,8 +20,11 @@ from node.update.rules import BUILT_AT
 from protocol.errors import Unavailable
 
 if TYPE_CHECKING:
-    from node.answering import Given
+    from node.answering import Given, Watch
+    from node.confidence.judging import Samples
     from node.settings import NodeSettings
+    from protocol.models.generation import Generation
+    from protocol.tasks import Task
 
 LOOK_S = 5.0  # seconds between two looks at the battery
 BOOK = "energy.json"
@@ -216,6 +219,36 @@ class Power(Part):
     def _clear(self, now: float) -> float:
         """The clear sky; none where the clock is not set, since nobody knows where the sun stands."""
         return rules.clear_watts(self.plant, now) if now >= BUILT_AT else 0.0
+
+
+class Watches:
+    """Several who count answers, as one: see `node.answering.Watch`."""
+
+    def __init__(self, *watches: "Watch") -> None:
+        self._watches = watches
+
+    def answered(self, given: "Given") -> None:
+        """A local answer was given."""
+        for watch in self._watches:
+            watch.answered(given)
+
+    def changed(self, state: str) -> None:
+        """A reply, the operator or the clock changed an answer."""
+        for watch in self._watches:
+            watch.changed(state)
+
+
+def counted(samples: "Samples", power: Power) -> "Samples":
+    """The same samples, their joules counted as self-agreement."""
+
+    def take(task: "Task", prompt: str, n: int, temperature: float) -> "list[Generation]":
+        begun = time.monotonic()
+        try:
+            return samples(task, prompt, n, temperature)
+        finally:
+            power.spent("agree", time.monotonic() - begun)
+
+    return take
 
 
 def power_of(settings: "NodeSettings", clock: Callable[[], float] = time.time) -> Power:

@@ -4,17 +4,19 @@ Rules:
  * A release is loaded beside the live one and made to answer; only then is it given to the worker, between two records.
  * A release that does not load at start goes back by itself; damaged files are thrown away, so that the next look fetches them again.
  * Nothing here waits for the network. Without a model `why` says what the node waits for.
-Threads: `at_start` runs in the main thread before the others; after that only the updater calls.
+ * Another adapter goes on the model that speaks, between two answers; one that does not speak is taken off, and the one before is on again.
+Threads: `at_start` runs in the main thread before the others; after that the updater calls, and the learner for `wear`.
 """
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from node.engine.worker import Speaker, Worker
 from node.settings import Model
 from protocol.digests import digest_file
-from protocol.errors import MilpaError
+from protocol.errors import MilpaError, Unavailable
 
 if TYPE_CHECKING:
     from node.update.slots import ActiveRelease, Slots
@@ -34,6 +36,7 @@ class LiveModel:
         self._worker, self._slots, self._model = worker, slots, model
         self._updates, self._on_change = updates, on_change
         self._candidate: Speaker | None = None  # passed its self-test, not yet live
+        self._worn: tuple[int, Path] | None = None  # the site's own adapter, and the release it is on
         self._why = "starting"
 
     @property
@@ -53,8 +56,8 @@ class LiveModel:
         if speaker is None:
             return None
         return {
-            "task": speaker.task, "release": speaker.release, "model_digest": speaker.engine.model_digest,
-            "adapter_digest": speaker.engine.adapter_digest, "calibrated": speaker.calibration is not None,
+            "task": speaker.task, "release": speaker.release, "model_digest": speaker.model_digest,
+            "adapter_digest": speaker.adapter_digest, "calibrated": speaker.calibration is not None,
         }  # fmt: skip
 
     def at_start(self) -> None:
@@ -111,6 +114,41 @@ class LiveModel:
             candidate = load_release(active, threads=self._model.threads, context=self._model.context)
         self._worker.swap_after_current_record(candidate)
         log.info("release %d answers", active.number)
+        self._on_change()
+
+    def wear(self, adapter: Path | None, *, release: int) -> None:
+        """Answer with that adapter on the release that speaks: the site's own, or None for what the release came with.
+
+        The worker waits meanwhile: for reading a file of a few megabytes and one short probe.
+
+        Raises:
+            Unavailable: another release speaks by now, or none; nothing changed.
+            DoesNotFit, BadInput: the file is not for this model, or does not speak with it. The adapter before is on again.
+        """
+        from node.engine.loading import prove, read_calibration
+        from node.engine.worker import usable
+
+        active = self._slots.active()
+        if active is None or active.number != release:
+            raise Unavailable(f"release {release} is not the live one any more")
+        calibration, after = read_calibration(active.calibration), adapter or active.adapter
+
+        def change(speaker: Speaker) -> Speaker:
+            if speaker.release != release:
+                raise Unavailable(f"release {release} does not speak any more")
+            before = self._worn[1] if self._worn and self._worn[0] == release else active.adapter
+            speaker.engine.set_adapter(after)
+            try:
+                candidate = Speaker(speaker.engine, speaker.task, release, usable(calibration, speaker.engine))
+                prove(candidate)
+            except BaseException:
+                speaker.engine.set_adapter(before)
+                raise
+            self._worn = (release, adapter) if adapter else None
+            return candidate
+
+        self._worker.readapt(change)
+        log.info("release %d answers with %s", release, "the site's own adapter" if adapter else "what it came with")
         self._on_change()
 
     def follow(self) -> None:

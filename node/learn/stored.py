@@ -83,6 +83,11 @@ def delivered(state_dir: Path, release: int) -> bool:
     return file.is_file() and file.read_text(encoding="ascii", errors="replace").strip() == digest(state_dir, release)
 
 
+def undelivered(state_dir: Path) -> int | None:
+    """The newest release with an adapter that the coordinator does not have; None: it has all."""
+    return next((release for release in _releases(state_dir) if digest(state_dir, release) and not delivered(state_dir, release)), None)
+
+
 def note_delivered(state_dir: Path, release: int) -> None:
     """The coordinator sent a receipt for the adapter trained on that release."""
     write_atomically(folder(state_dir, release) / "delivered", digest(state_dir, release).encode())
@@ -94,8 +99,7 @@ def answer(state_dir: Path, node: str, question: AdapterQuestion) -> tuple[Adapt
     Never raises: whatever goes wrong becomes a code, because a reply's text would leave the site.
     """
     try:
-        releases = sorted((int(path.name) for path in (state_dir / "learn").glob("[0-9]*") if path.name.isdigit()), reverse=True)
-        for release in releases:
+        for release in _releases(state_dir):
             found = load(state_dir, release) if release <= question.release else None
             if found is None:
                 continue
@@ -107,3 +111,8 @@ def answer(state_dir: Path, node: str, question: AdapterQuestion) -> tuple[Adapt
     except Exception:
         return AdapterReply(node, "failed"), None
     return AdapterReply(node, "nothing"), None
+
+
+def _releases(state_dir: Path) -> list[int]:
+    """Numbers of the releases with a folder here, the newest first."""
+    return sorted((int(path.name) for path in (state_dir / "learn").glob("[0-9]*") if path.name.isdigit()), reverse=True)

@@ -145,15 +145,17 @@ class Downloader:
         self._sleep = sleep
         self._jitter = jitter
 
-    def fetch(self, url: str, digest: str, size: int, *, deadline: float | None = None) -> Path:
+    def fetch(self, url: str, digest: str, size: int, *, deadline: float | None = None, wait_for: Callable[[], str] = lambda: "") -> Path:
         """The file with that digest, fetched if it is not here.
 
         Args:
             size: bytes, from verified metadata.
             deadline: on `time.monotonic`; what has come by then is kept.
+            wait_for: why nothing may be fetched just now, or ""; asked again with every piece that comes.
 
         Raises:
             NotEnough: disk, or the day's budget; what has come is kept.
+            Unavailable: it has to wait; what has come is kept.
             Unavailable: final refusal, too many attempts, or past the deadline.
             WrongDigest: complete, and not what was signed; it was thrown away.
         """
@@ -164,13 +166,21 @@ class Downloader:
             part.unlink()  # grown under another promise
         self.blobs.need_space(size - _size(part))
         idle = 0
+
+        def enough() -> bool:
+            return bool(wait_for()) or (deadline is not None and time.monotonic() > deadline)
+
         for _ in range(self.attempts_in_all):
             have = _size(part)
             if have == size:
                 return self.blobs.adopt(part, digest)
             if self.budget.left == 0:
                 raise NotEnough(f"today's budget of {self.budget.daily_bytes} bytes is spent; {have} of {size} are here, the rest follows")
-            problem = self._attempt(url, part, have, size, deadline)
+            if why := wait_for():
+                raise Unavailable(f"{have} of {size} bytes are here, the rest waits: {why}")
+            problem = self._attempt(
+                url, part, have, size, lambda: bool(wait_for()) or (deadline is not None and time.monotonic() > deadline)
+            )
             if deadline is not None and time.monotonic() > deadline:
                 raise Unavailable(f"not complete by its deadline: {_size(part)} of {size} bytes are here; the next check goes on")
             if problem:
@@ -181,7 +191,7 @@ class Downloader:
                 self._sleep(min(longest, first * 2**idle) * (0.5 + self._jitter() / 2))
         raise Unavailable(f"{self.attempts_in_all} attempts were not enough; the next check goes on from byte {_size(part)} of {size}")
 
-    def _attempt(self, url: str, part: Path, have: int, size: int, deadline: float | None) -> str:
+    def _attempt(self, url: str, part: Path, have: int, size: int, enough: Callable[[], bool]) -> str:
         """One request; append what comes. Returns why it ended early, or ""."""
         end = min(size, have + self.budget.left)
         try:
@@ -196,7 +206,7 @@ class Downloader:
                         file.write(fresh)
                         file.flush()  # a killed process loses nothing it paid for
                         have += len(fresh)
-                        if have == end or (deadline is not None and time.monotonic() > deadline):
+                        if have == end or enough():
                             return ""
         except httpx.TransportError as error:
             return f"{type(error).__name__}: {error}"

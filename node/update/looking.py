@@ -15,6 +15,7 @@ from node.settings import NodeSettings
 from protocol.errors import BadInput, MilpaError
 
 if TYPE_CHECKING:
+    from node.energy.power import Power
     from node.engine.live import LiveModel
     from node.update.slots import Slots
     from node.update.updater import Emit, Updater
@@ -33,7 +34,17 @@ class Releases(Part):
 
     name = "update"
 
-    def __init__(self, settings: NodeSettings, slots: "Slots", model: "LiveModel", *, emit: "Emit", clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        settings: NodeSettings,
+        slots: "Slots",
+        model: "LiveModel",
+        *,
+        emit: "Emit",
+        clock: Callable[[], float],
+        power: "Power | None" = None,
+    ) -> None:
+        self._power = power  # None: nothing waits for it
         self._settings, self._slots, self._model, self._emit, self._clock = settings, slots, model, emit, clock
         self._root = read_root(settings)
         self._poll_s = settings.update.poll_s
@@ -90,6 +101,15 @@ class Releases(Part):
                 self.state, self.reason = outcome.state, outcome.reason
             self._announced.wait(self._poll_s * (1.0 - POLL_JITTER * random.random()))
 
+    def _why_wait(self) -> str:
+        """Why files are not to be fetched now; "" when they may."""
+        verdict = self._power.may("download") if self._power else None
+        return "" if verdict is None or verdict.ok else verdict.reason
+
+    def _received(self, seconds: float) -> None:
+        if self._power:
+            self._power.spent("download", seconds)
+
     def _updater(self) -> "Updater":
         if self.updater is None:
             from node.update.updater import Updater
@@ -97,7 +117,8 @@ class Releases(Part):
             self.updater = Updater(
                 self._settings.state_dir, url=self._settings.update.url, root=self._root, self_test=self._model.self_test,
                 activate=self._model.activate, emit=self._emit, role=self._settings.node.role,
-                daily_bytes=self._settings.update.max_bytes_a_day, slots=self._slots,
+                daily_bytes=self._settings.update.max_bytes_a_day, slots=self._slots, wait_for=self._why_wait,
+                received=self._received,
             )  # fmt: skip
         return self.updater
 

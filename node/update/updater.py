@@ -7,8 +7,9 @@
 A kill between any two steps is harmless. Up to the download everything is found anew: verified metadata, whole files and parts are on
 disk. From the self-test on, a journal names the release, so that the work ends without a network. The switch is one rename (`slots.py`).
 
-Every state has a deadline. `check` returns an Outcome in every case a site can meet; it raises only on defects. It keeps no thread of its
-own: the daemon calls it on a notice, at start, and every few hours with jitter. Nothing here is on the way of an answer.
+Files wait for sun where the node lives on it (`wait_for`); what has come stays. Every state has a deadline. `check` returns an Outcome in
+every case a site can meet; it raises only on defects. It keeps no thread of its own: the daemon calls it on a notice, at start, and every
+few hours with jitter. Nothing here is on the way of an answer.
 """
 
 import errno
@@ -92,6 +93,8 @@ class Updater:
         role, task: which files to take; what the node answers ("" for anything).
         daily_bytes: budget, 0 for none.
         machine: what this node runs on; measured when None.
+        wait_for: why files are not to be fetched now (no sun), or ""; asked before each and while one comes. Metadata always comes.
+        received: told how many seconds a fetch took the link.
         step: called with a name between steps, so that tests can end the process there.
     """
 
@@ -114,8 +117,11 @@ class Updater:
         download_deadline_s: float = DOWNLOAD_DEADLINE_S,
         self_test_deadline_s: float = SELF_TEST_DEADLINE_S,
         switch_deadline_s: float = SWITCH_DEADLINE_S,
+        wait_for: Callable[[], str] = lambda: "",
+        received: Callable[[float], None] = lambda seconds: None,
         step: Callable[[str], None] = lambda name: None,
     ) -> None:
+        self._wait_for, self._received = wait_for, received
         self.url = url.rstrip("/")
         self.slots = slots or Slots(state_dir, role=role)
         self.role = role
@@ -216,7 +222,13 @@ class Updater:
         deadline = time.monotonic() + self.download_deadline_s
         for file in missing:
             self._step(f"download-{file.kind}")
-            self.downloader.fetch(f"{self.url}/blobs/{file.digest}", file.digest, file.size, deadline=deadline)
+            begun = time.monotonic()
+            try:
+                self.downloader.fetch(
+                    f"{self.url}/blobs/{file.digest}", file.digest, file.size, deadline=deadline, wait_for=self._wait_for
+                )  # fmt: skip
+            finally:
+                self._received(time.monotonic() - begun)
         self._step("downloaded")
 
     def _drop_damaged(self, release: Release) -> None:
