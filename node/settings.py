@@ -14,6 +14,7 @@ import msgspec
 from node.energy.rules import Plant
 from node.memory.rules import Use
 from protocol.errors import BadInput
+from protocol.links import LinkClass, LinkRules, link
 from protocol.logs import Form, Level
 from protocol.names import checked_name
 from protocol.releases import Role
@@ -78,6 +79,14 @@ class Broker(msgspec.Struct, frozen=True):
     cert_file: str = ""
     key_file: str = ""
     heartbeat_s: float = 300.0
+
+
+class Link(msgspec.Struct, frozen=True):
+    """What the node hangs on, and what it may spend there. The class's own rules: `protocol/links.py`."""
+
+    class_: LinkClass = msgspec.field(default="lan", name="class")
+    bytes_a_day: int = 0  # both directions, headers included; 0: what the class says (lan: no limit)
+    gateway: str = ""  # class lora: the node at the other end of the radio; it speaks for us
 
 
 class Peers(msgspec.Struct, frozen=True):
@@ -187,6 +196,7 @@ class NodeSettings(msgspec.Struct, frozen=True):
     model: Model = Model()
     confidence: Confidence = Confidence()
     broker: Broker = Broker()
+    link: Link = Link()
     peers: Peers = Peers()
     update: Update = Update()
     power: Power = Power()
@@ -206,6 +216,21 @@ class NodeSettings(msgspec.Struct, frozen=True):
     def site(self) -> str:
         """The site's name."""
         return self.node.site or self.node.name
+
+    @property
+    def link_rules(self) -> LinkRules:
+        """What this node's link allows."""
+        return link(self.link.class_, bytes_a_day=self.link.bytes_a_day)
+
+    @property
+    def heartbeat_s(self) -> float:
+        """Seconds between two heartbeats, as rarely as the link wants."""
+        return max(self.broker.heartbeat_s, self.link_rules.heartbeat_s)
+
+    @property
+    def poll_s(self) -> float:
+        """Seconds between two looks for a release, as rarely as the link wants; infinite where none come this way."""
+        return max(self.update.poll_s, self.link_rules.poll_s)
 
 
 def read(
@@ -242,6 +267,7 @@ def check(settings: NodeSettings) -> None:
         "api.deadline_s": (settings.api.deadline_s, 0.1, 3600),
         "broker.port": (settings.broker.port, 1, 65535),
         "broker.heartbeat_s": (settings.broker.heartbeat_s, 1, 86_400),
+        "link.bytes_a_day": (settings.link.bytes_a_day, 0, 1 << 40),
         "model.threads": (settings.model.threads, 1, 256),
         "model.context": (settings.model.context, 64, 131_072),
         "model.budget": (settings.model.budget, 0, 1),
@@ -297,6 +323,8 @@ def check(settings: NodeSettings) -> None:
         raise BadInput(f"topic.answers is {settings.topic.answers!r}; answers are published to one topic, without + and #")
     if settings.model.path and settings.update.url:
         raise BadInput("model.path fixes the model and update.url replaces it: set one of them")
+    if settings.link_rules.frames_only and not settings.link.gateway:
+        raise BadInput("link.class lora needs link.gateway: the name of the node at the other end of the radio, which speaks for this one")
     if settings.peers.ask and not settings.broker.host:
         raise BadInput("peers.ask names peers, but broker.host is empty: questions travel through the broker")
     if settings.peers.ask_groups and not settings.broker.host:

@@ -41,6 +41,7 @@ class LinkRules(msgspec.Struct, frozen=True):
     heartbeat_s: float  # least seconds between two words that say nothing new
     poll_s: float  # least seconds between two looks for a release
     window_s: float  # least seconds between two sync windows (rounds)
+    keepalive_s: float  # without a packet until a ping; heartbeats come first where bytes are dear
     backoff_cap_s: float  # longest wait before the next attempt to connect
     travels: frozenset[Traffic]
     frames_only: bool = False  # nothing but the compact frames of `frames.py`, through a gateway
@@ -54,12 +55,19 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 LINKS: dict[LinkClass, LinkRules] = {
-    "lan": LinkRules("lan", 0, 0.0, 0.0, 0.0, 60.0, frozenset(LEAVES)),
-    # 10 MB a day is a plan of 300 MB a month; a look for releases is 2 requests, six hours apart; one round a day
-    "cellular": LinkRules("cellular", 10_000_000, 300.0, 21_600.0, DAY_S, 300.0, frozenset(LEAVES) - {"bulk"}),
-    # 1.1 kB an hour is 1% of air time at the slowest rate of EU868 (250 bit/s); releases and adapters come by another way
-    "lora": LinkRules("lora", 26_400, 3_600.0, float("inf"), float("inf"), 3_600.0, frozenset({"status", "reply", "question"}), True),
-}
+    "lan": LinkRules(
+        name="lan", bytes_a_day=0, heartbeat_s=0.0, poll_s=0.0, window_s=0.0, keepalive_s=60.0, backoff_cap_s=60.0,
+        travels=frozenset(LEAVES),
+    ),
+    "cellular": LinkRules(  # a plan of 300 MB a month; a look for releases is two requests, six hours apart; one round a day
+        name="cellular", bytes_a_day=10_000_000, heartbeat_s=300.0, poll_s=21_600.0, window_s=DAY_S, keepalive_s=450.0, backoff_cap_s=300.0,
+        travels=frozenset(LEAVES) - {"bulk"},
+    ),
+    "lora": LinkRules(  # 1.1 kB an hour: 1% of the air time at EU868's slowest rate (250 bit/s); releases and adapters come by another way
+        name="lora", bytes_a_day=26_400, heartbeat_s=3_600.0, poll_s=float("inf"), window_s=float("inf"), keepalive_s=5_400.0,
+        backoff_cap_s=3_600.0, travels=frozenset({"status", "reply", "question"}), frames_only=True,
+    ),
+}  # fmt: skip
 
 
 def link(name: str, *, bytes_a_day: int = 0) -> LinkRules:

@@ -149,9 +149,6 @@ class Spends(Protocol):
     def may_spend(self, cost: int, what: Traffic = "event") -> Verdict:
         """Whether `cost` bytes may be spent today on `what`."""
 
-    def keep(self) -> None:
-        """Write what must be remembered."""
-
 
 class Waiting(msgspec.Struct, frozen=True):
     """One message in the outbox."""
@@ -452,8 +449,6 @@ class Drain:
     def step(self) -> int:
         """One round: book what ended, sweep, hand over what may leave. Returns how many are in flight."""
         self._book_what_ended()
-        if self.meter is not None:
-            self.meter.keep()
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + SWEEP_S
             self.outbox.sweep()

@@ -8,8 +8,9 @@ A settings class is a frozen msgspec.Struct whose fields are sections, themselve
     class NodeSettings(msgspec.Struct, frozen=True):
         broker: Broker = Broker()
 
-Unknown sections and keys are errors with a suggestion, because a setting that is silently ignored is a trap. A key whose name ends in
-`_file` is the way to name a secret: secrets are never inline.
+A key that Python keeps for itself is named by its field: `class_: str = msgspec.field(name="class")`. Unknown sections and keys are
+errors with a suggestion, because a setting that is silently ignored is a trap. A key whose name ends in `_file` is the way to name a
+secret: secrets are never inline.
 """
 
 import os
@@ -59,7 +60,7 @@ def load(
     def put(section: str, key: str, value: Any, origin: str) -> None:
         known(section, sections, what="section")
         known(key, values[section], what=f"setting in [{section}]")
-        field = next(f for f in msgspec.structs.fields(sections[section]) if f.name == key)
+        field = next(f for f in msgspec.structs.fields(sections[section]) if f.encode_name == key)
         try:
             values[section][key] = msgspec.convert(value, field.type, strict=not isinstance(value, str))
         except msgspec.ValidationError as error:
@@ -82,14 +83,18 @@ def load(
         if value is not None:
             section, _, key = name.partition(".")
             put(section, key, value, "flag")
-    settings = kind(**{name: sections[name](**values[name]) for name in sections})
+    settings = kind(**{name: _made(sections[name], values[name]) for name in sections})
     listed = tuple(Origin(f"{s}.{k}", values[s][k], origin) for (s, k), origin in sorted(origins.items()))
     return settings, listed
 
 
 def _defaults(section: Any) -> dict[str, Any]:
     instance = section()
-    return {field.name: getattr(instance, field.name) for field in msgspec.structs.fields(section)}
+    return {field.encode_name: getattr(instance, field.name) for field in msgspec.structs.fields(section)}
+
+
+def _made(section: Any, values: Mapping[str, Any]) -> Any:
+    return section(**{field.name: values[field.encode_name] for field in msgspec.structs.fields(section)})
 
 
 def _is_list(sections: Mapping[str, Any], section: str, key: str) -> bool:

@@ -353,13 +353,10 @@ class Purse:
     """A meter with so many bytes a day, that nobody spends but by asking."""
 
     def __init__(self, name: str = "cellular", bytes_a_day: int = 0) -> None:
-        self.rules, self.spent, self.kept = links.link(name, bytes_a_day=bytes_a_day), 0, 0
+        self.rules, self.spent = links.link(name, bytes_a_day=bytes_a_day), 0
 
     def may_spend(self, cost, what="event"):
         return links.may_spend(self.rules, self.spent, cost, what)
-
-    def keep(self):
-        self.kept += 1
 
 
 def test_what_todays_bytes_do_not_reach_for_waits_by_class_and_leaves_tomorrow(box, link):
