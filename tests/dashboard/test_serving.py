@@ -1,5 +1,6 @@
 """The coordinator as a process would run it: the live line, releases from elsewhere, health, the command."""
 
+import itertools
 import json
 import os
 import signal
@@ -71,8 +72,9 @@ def test_the_live_line_ends_with_the_session(coordinator, monkeypatch):
         assert next(line for line in lines if line.startswith("event:")) == "event: tick"
         browser.post("/logout", data={"csrf": form_token(browser.get("/").text)})
 
-        for line in lines:  # until the server ends it; the client's timeout is the deadline
-            assert not line.startswith("event: change")
+        rest = list(itertools.islice(lines, 300))
+
+        assert len(rest) < 300, "the server ended it"  # what moved before the logout may still be told
         assert browser.get("/events").status_code == 401
 
 
