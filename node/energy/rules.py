@@ -159,7 +159,15 @@ def next_duty(duty: Duty, plant: Plant, *, charge: float, watts_in: float, kept:
 
 
 def state(
-    plant: Plant, duty: Duty, *, charge: float, watts_in: float, kept: float, measured: bool, charging: bool, problem: str
+    plant: Plant,
+    duty: Duty,
+    *,
+    charge: float,
+    watts_in: float,
+    kept: float,
+    measured: bool = False,
+    charging: bool = False,
+    problem: str = "",
 ) -> PowerState:
     """The latches and figures as a state.
 
