@@ -1,13 +1,30 @@
+import datetime
+import ipaddress
+import os
 import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
+from deploy.broker import Broker, Tls, find_mosquitto
 from node import doctor
-from node.settings import read, secret
+from node.doctor import Finding, certificates, machine, outside
+from node.doctor import model as models
+from node.doctor.machine import Places
+from node.reload import changes, is_live, merged
+from node.settings import NodeSettings, located, read, secret
 from node.update.rules import BUILT_AT
 from protocol.errors import BadInput, UnknownName
+from protocol.ports import free_port
 from tests.node.conftest import settings
 
 
@@ -53,31 +70,231 @@ def test_an_empty_secret_is_refused(tmp_path: Path) -> None:
         secret(str(tmp_path / "key"), what="api.key_file")
 
 
-def test_the_doctor_finds_a_clock_before_the_program_was_made() -> None:
-    assert doctor.clock(12.0).state == "bad"
-    assert doctor.clock(BUILT_AT + 1).state == "good"
+def test_a_secret_may_be_handed_over_by_systemd_or_lie_where_root_put_it() -> None:
+    handed = located("credential:broker-password", {"CREDENTIALS_DIRECTORY": "/run/credentials/milpa-node.service"})
+
+    assert handed == Path("/run/credentials/milpa-node.service/milpa_broker-password")
+    assert located("credential:broker-password", {}) == Path("/etc/milpa/secrets/broker-password")
+    assert located("/etc/key", {}) == Path("/etc/key")
+
+
+# ---- what may change while the node runs
+
+
+def test_a_live_setting_is_taken_and_another_is_named_and_left() -> None:
+    old, new = NodeSettings(), read(flags={"model.budget": 0.1, "api.port": 1, "limits.answers": 500}, environment={})[0]
+
+    found = changes(old, new)
+    taken = merged(old, found)
+
+    assert {change.name: change.live for change in found} == {"api.port": False, "limits.answers": True, "model.budget": True}
+    assert (taken.model.budget, taken.limits.answers, taken.api.port) == (0.1, 500, old.api.port)
+
+
+def test_what_was_built_at_start_never_counts_as_live() -> None:
+    assert not any(is_live(name) for name in ("node.name", "node.state_dir", "api.host", "broker.host", "model.path", "spool.folder"))
+
+
+# ---- the doctor's looks, on machines built for it
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Callable[..., Places]:
+    """A machine as the kernel would tell of it: {"sys/class/...": "text"}."""
+
+    def make(files: dict[str, str] | None = None) -> Places:
+        root = tmp_path / "board"
+        for name, text in ({"proc/mounts": "/dev/mmcblk0p2 / ext4 rw 0 0\n"} | (files or {})).items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text)
+        return Places(root / "proc", root / "sys", root / "run", root / "kmsg")
+
+    return make
+
+
+CHIP = {"sys/class/rtc/rtc0/name": "rtc-ds3231"}
+
+
+@pytest.mark.parametrize(
+    ("now", "floor", "files", "state", "says"),
+    [
+        (12.0, 0.0, CHIP, "bad", "before this program was made"),
+        (BUILT_AT + 100.0, BUILT_AT + 86_400.0, CHIP, "bad", "the coordinator signed"),
+        (BUILT_AT + 40 * 365 * 86_400.0, 0.0, CHIP, "bad", "it shows 2066"),
+        (BUILT_AT + 100.0, 0.0, {}, "warn", "no clock chip"),
+        (BUILT_AT + 100.0, 0.0, {"run/systemd/timesync/synchronized": ""}, "good", "set by a time server"),
+        (BUILT_AT + 100.0, 0.0, CHIP, "good", "kept by a clock chip"),
+    ],
+)
+def test_the_doctor_finds_a_wrong_clock(
+    board: Callable[..., Places], now: float, floor: float, files: dict[str, str], state: str, says: str
+) -> None:
+    found = machine.clock(now, floor=floor, places=board(files))
+
+    assert found.state == state and says in found.found
 
 
 def test_the_doctor_finds_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = doctor.shutil.disk_usage(tmp_path)
+    usage = machine.shutil.disk_usage(tmp_path)
 
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
 
-    assert doctor.disk(tmp_path / "not" / "made" / "yet").state == "bad"
+    assert machine.disk(tmp_path / "not" / "made" / "yet").state == "bad"
+
+
+def test_the_doctor_finds_a_disk_that_the_kernel_made_read_only(board: Callable[..., Places], tmp_path: Path) -> None:
+    places = board({"proc/mounts": f"/dev/sda1 / ext4 rw 0 0\n/dev/mmcblk0p2 {tmp_path} ext4 ro,errors=remount-ro 0 0\n"})
+
+    found = machine.disk(tmp_path, places=places)
+
+    assert (found.state, found.found) == ("bad", "/dev/mmcblk0p2 is mounted read-only")
+
+
+def test_the_doctor_finds_a_disk_without_inodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.statvfs(tmp_path)
+    told = os.statvfs_result((*real[:5], 100_000, 3, 3, *real[8:]))
+
+    monkeypatch.setattr(machine.os, "statvfs", lambda _: told)
+
+    assert "inodes" in machine.disk(tmp_path).found
+
+
+def test_the_doctor_finds_a_disk_that_fails_to_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(machine.os, "fsync", fails)
+
+    found = machine.disk(tmp_path)
+
+    assert (found.state, "(EIO)" in found.found) == ("bad", True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.namespace
+def test_the_doctor_finds_a_disk_that_is_really_full_and_leaves_nothing_on_it(tmp_path: Path) -> None:
+    mounting = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True, check=False)
+    if mounting.returncode:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("mounting needs root")
+    try:
+        found = machine.disk(tmp_path)
+        left = list(tmp_path.iterdir())
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+    assert (found.state, "MiB free" in found.found, left) == ("bad", True, [])
+
+
+@pytest.mark.parametrize(
+    ("files", "state", "says"),
+    [
+        ({}, "good", "nothing wrong"),
+        ({"sys/fs/ext4/mmcblk0p2/errors_count": "3"}, "bad", "counted 3 errors"),
+        ({"kmsg": "3,1,2,-;I/O error, dev mmcblk0, sector 5\n"}, "bad", "I/O error, dev mmcblk0"),
+        ({"kmsg": "3,1,2,-;I/O error, dev sdb, sector 5\n"}, "good", "nothing wrong"),
+        ({"kmsg": "2,1,2,-;EXT4-fs error (device mmcblk0p2): bad header\n"}, "bad", "EXT4-fs error"),
+        ({"sys/block/mmcblk0/device/life_time": "0x02 0x0b"}, "bad", "past its estimated life"),
+        ({"sys/block/mmcblk0/device/life_time": "0x09 0x01"}, "warn", "90%"),
+        ({"sys/block/mmcblk0/device/pre_eol_info": "0x02"}, "warn", "of its estimated life"),
+        ({"sys/block/mmcblk0/device/life_time": "0x02 0x03"}, "good", "30% of its life"),
+        ({"sys/block/mmcblk0/device/ioerr_cnt": "0x7"}, "warn", "7 failed commands"),
+    ],
+)
+def test_the_doctor_finds_a_failing_card(board: Callable[..., Places], files: dict[str, str], state: str, says: str) -> None:
+    places = board(files)
+    nested = places.sys / "devices/platform/mmcblk0/mmcblk0p2"
+    nested.mkdir(parents=True)
+    (nested / "partition").write_text("2")
+    (places.sys / "class/block").mkdir(parents=True)
+    (places.sys / "class/block/mmcblk0p2").symlink_to(nested)
+
+    found = machine.wear(Path("/var/lib/milpa"), places=places)
+
+    assert found.state == state and says in found.found
+
+
+@pytest.mark.parametrize(
+    ("files", "state"),
+    [
+        ({}, "good"),
+        ({"sys/class/hwmon/hwmon1/name": "rpi_volt\n", "sys/class/hwmon/hwmon1/in0_lcrit_alarm": "1\n"}, "bad"),
+        ({"sys/class/hwmon/hwmon1/name": "rpi_volt\n", "sys/class/hwmon/hwmon1/in0_lcrit_alarm": "0\n"}, "good"),
+        ({"sys/devices/platform/soc/soc:firmware/get_throttled": "50005\n"}, "bad"),
+        ({"sys/devices/platform/soc/soc:firmware/get_throttled": "50000\n"}, "warn"),
+    ],
+)
+def test_the_doctor_finds_a_supply_that_is_too_weak(board: Callable[..., Places], files: dict[str, str], state: str) -> None:
+    assert machine.supply(board(files)).state == state
+
+
+@pytest.mark.parametrize(("milli", "state"), [("45000", "good"), ("79000", "warn"), ("86000", "bad")])
+def test_the_doctor_finds_a_board_that_is_too_hot(board: Callable[..., Places], milli: str, state: str) -> None:
+    assert machine.temperature(board({"sys/class/thermal/thermal_zone0/temp": milli})).state == state
+
+
+def test_the_doctor_says_how_much_memory_a_model_lacks(board: Callable[..., Places], tmp_path: Path) -> None:
+    with (tmp_path / "large.gguf").open("wb") as file:
+        file.truncate(300 << 20)  # sparse
+    given = settings(tmp_path, model__path=str(tmp_path / "large.gguf"), model__context=1024)
+
+    found = models.memory(given, places=board({"proc/meminfo": "MemTotal: 524288 kB\nMemAvailable: 204800 kB\n"}), running={})
+
+    assert (found.state, "needs about 404 MiB, 200 MiB are free: 204 MiB are missing" in found.found) == ("bad", True)
+
+
+def test_a_containers_limit_counts_as_memory(board: Callable[..., Places]) -> None:
+    places = board(
+        {"proc/meminfo": "MemAvailable: 8000000 kB\n", "sys/fs/cgroup/memory.max": str(100 << 20), "sys/fs/cgroup/memory.current": "0"}
+    )
+
+    assert machine.free_memory(places) == 100 << 20
+
+
+@pytest.mark.parametrize(
+    ("days", "state", "says"), [(-1, "warn", "the signed timestamp expired"), (3, "warn", "expires on"), (20, "good", "first to expire")]
+)
+def test_the_doctor_finds_signatures_that_run_out(tmp_path: Path, days: int, state: str, says: str) -> None:
+    now, folder = float(BUILT_AT), tmp_path / "state" / "trust" / "metadata"
+    folder.mkdir(parents=True)
+    for name, left in (("timestamp", days), ("root", 300)):
+        expires = datetime.datetime.fromtimestamp(now + left * 86_400, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        (folder / f"{name}.json").write_bytes(msgspec.json.encode({"signed": {"expires": expires}}))
+
+    (found,) = models.trust(settings(tmp_path), now)
+
+    assert found.state == state and says in found.found
+
+
+def test_the_doctor_finds_a_clock_that_differs_from_the_coordinators(tmp_path: Path) -> None:
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    class Quiet(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Quiet) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        given = settings(tmp_path, update__url=f"http://127.0.0.1:{server.server_port}/repository")
+        late, right = outside.coordinator(given, time.time() - 3 * 86_400), outside.coordinator(given, time.time())
+        server.shutdown()
+
+    assert (late[0].state, "3.0 days behind" in late[0].found, right[0].state) == ("warn", True, "good")
 
 
 def test_the_doctor_finds_a_taken_port(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        found = doctor.port(settings(tmp_path, api__port=taken.getsockname()[1]), running=False)
+        found = outside.port(settings(tmp_path, api__port=taken.getsockname()[1]), running=False)
 
     assert (found.state, "in use" in found.found) == ("bad", True)
 
 
 def test_the_doctor_takes_an_absent_broker_calmly_and_an_absent_model_not(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as once:
-        nobody = once.getsockname()[1]
-
-    found = {f.what: f for f in doctor.examine(settings(tmp_path, broker__host="127.0.0.1", broker__port=nobody))}
+    found = {f.what: f for f in doctor.examine(settings(tmp_path, broker__host="127.0.0.1", broker__port=free_port()))}
 
     assert (found["broker"].state, found["model"].state, found["release"].state) == ("warn", "bad", "bad")
     assert not (tmp_path / "state").exists()  # it looks, and changes nothing
@@ -87,4 +304,168 @@ def test_the_doctor_takes_an_absent_broker_calmly_and_an_absent_model_not(tmp_pa
 def test_the_doctor_makes_a_fixed_model_speak(tmp_path: Path, tiny: Path) -> None:
     found = {f.what: f for f in doctor.examine(settings(tmp_path, model__path=str(tiny)))}
 
-    assert (found["model"].state, found["release"].state) == ("good", "good")
+    assert (found["memory"].state, found["model"].state, found["release"].state) == ("good", "good", "good")
+    assert not (tmp_path / "state").exists()
+
+
+# ---- certificates and brokers, real ones
+
+
+class Authority:
+    """Signs certificates, P-256."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder, self.key = folder, ec.generate_private_key(ec.SECP256R1())
+        self.ca = self._write("ca.pem", self._certificate(folder.name, self.key, ca=True))
+
+    def issue(self, name: str, *, days: float = 300, since: float = -1, address: str = "127.0.0.1") -> tuple[Path, Path]:
+        key = ec.generate_private_key(ec.SECP256R1())
+        private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        certificate = self._certificate(name, key, days=days, since=since, address=address)
+        return self._write(f"{name}.pem", certificate), self._write(f"{name}.key", private)
+
+    def _certificate(
+        self, name: str, key: Any, *, days: float = 300, since: float = -1, ca: bool = False, address: str = "127.0.0.1"
+    ) -> Any:
+        def named(common: str) -> x509.Name:
+            return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+
+        now = datetime.datetime.now(datetime.UTC)
+        builder = (
+            x509.CertificateBuilder().subject_name(named(name)).issuer_name(named(self.folder.name)).public_key(key.public_key())
+            .serial_number(x509.random_serial_number()).not_valid_before(now + datetime.timedelta(days=since))
+            .not_valid_after(now + datetime.timedelta(days=days)).add_extension(x509.BasicConstraints(ca, None), critical=True)
+            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), critical=False)
+        )  # fmt: skip
+        return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    def _write(self, name: str, data: bytes) -> Path:
+        path = self.folder / name
+        path.write_bytes(data)
+        path.chmod(0o600)
+        return path
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Authority:
+    return Authority(tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("issued", "state", "says"),
+    [
+        ({"days": 300}, "good", "valid until"),
+        ({"days": 20}, "warn", "expires in"),
+        ({"days": -0.5}, "bad", "expired on"),
+        ({"since": 2, "days": 9}, "bad", "is valid from"),
+        ({"name": "another"}, "bad", "is for 'another'"),
+    ],
+)
+def test_the_doctor_finds_a_certificate_that_runs_out_or_is_anothers(
+    ours: Authority, issued: dict[str, Any], state: str, says: str
+) -> None:
+    cert, key = ours.issue(issued.pop("name", "esteli"), **issued)
+
+    found = certificates.look("c", ours.ca, cert, key, user="esteli", now=time.time())
+
+    assert found.state == state and says in found.found
+
+
+def test_the_doctor_finds_a_key_of_another_certificate_or_open_to_others(ours: Authority) -> None:
+    cert, key = ours.issue("esteli")
+    _, other = ours.issue("base")
+    key.chmod(0o644)
+
+    assert "not the key of" in certificates.look("c", ours.ca, cert, other, user="", now=time.time()).found
+    assert "other users" in certificates.look("c", ours.ca, cert, key, user="", now=time.time()).found
+
+
+def test_the_doctor_finds_a_file_that_is_no_certificate(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("milk, nails, seed")
+
+    assert "not a PEM certificate" in certificates.look("c", tmp_path / "ca.pem", None, None, user="", now=time.time()).found
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Broker]]:
+    if find_mosquitto() is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("mosquitto is not installed: apt install mosquitto")
+    running: list[Broker] = []
+
+    def start(tls: Tls | None = None) -> Broker:
+        running.append(Broker(tmp_path / "broker", port=free_port(), users={"esteli": "right"}, program="mosquitto", tls=tls).start())
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.stop()
+
+
+def told(tmp_path: Path, port: int, **broker: str) -> Finding:
+    flags = {f"broker__{key}": value for key, value in broker.items()}
+    return outside.broker(settings(tmp_path, node__name="esteli", broker__host="127.0.0.1", broker__port=port, **flags), running={})
+
+
+@pytest.mark.broker
+@pytest.mark.parametrize(
+    ("user", "password", "state", "says"),
+    [("esteli", "right", "good", "takes us as 'esteli'"), ("esteli", "wrong", "bad", "authori"), ("nobody", "right", "bad", "authori")],
+)
+def test_the_doctor_asks_the_broker_and_hears_a_refusal(
+    serve: Callable[..., Broker], tmp_path: Path, user: str, password: str, state: str, says: str
+) -> None:
+    (tmp_path / "password").write_text(password)
+
+    found = told(tmp_path, serve().port, username=user, password_file=str(tmp_path / "password"))
+
+    assert found.state == state and says in found.found
+    assert state == "good" or "password" in found.advice
+
+
+@pytest.mark.broker
+def test_the_doctor_tells_a_wrong_authority_from_a_wrong_name_and_from_a_certificate_the_broker_does_not_take(
+    serve: Callable[..., Broker], ours: Authority, tmp_path: Path
+) -> None:
+    theirs = Authority(tmp_path / "theirs")
+    port = serve(Tls(ours.ca, *ours.issue("broker"))).port
+    cert, key = map(str, ours.issue("esteli"))
+    strange_cert, strange_key = map(str, theirs.issue("esteli"))
+
+    good = told(tmp_path, port, ca_file=str(ours.ca), cert_file=cert, key_file=key)
+    authority = told(tmp_path, port, ca_file=str(theirs.ca), cert_file=cert, key_file=key)
+    strange = told(tmp_path, port, ca_file=str(ours.ca), cert_file=strange_cert, key_file=strange_key)
+    plain = told(tmp_path, port)
+
+    assert good.state == "good"
+    assert (authority.state, "ca_file is not of the authority" in authority.advice) == ("bad", True)
+    assert (strange.state, "certificate" in strange.advice) == ("bad", True)
+    assert (plain.state, "wants TLS" in plain.advice) == ("bad", True)
+
+
+@pytest.mark.broker
+def test_the_doctor_tells_a_broker_whose_certificate_is_for_another_address(
+    serve: Callable[..., Broker], ours: Authority, tmp_path: Path
+) -> None:
+    port = serve(Tls(ours.ca, *ours.issue("broker", address="10.9.9.9"))).port
+
+    found = told(tmp_path, port, ca_file=str(ours.ca), **dict(zip(("cert_file", "key_file"), map(str, ours.issue("esteli")), strict=True)))
+
+    assert (found.state, "another address" in found.advice) == ("bad", True)
+
+
+@pytest.mark.broker
+def test_the_doctor_tells_a_broker_that_expired(serve: Callable[..., Broker], ours: Authority, tmp_path: Path) -> None:
+    port = serve(Tls(ours.ca, *ours.issue("broker", days=-0.1))).port
+
+    found = told(tmp_path, port, ca_file=str(ours.ca), **dict(zip(("cert_file", "key_file"), map(str, ours.issue("esteli")), strict=True)))
+
+    assert (found.state, "expired" in found.advice) == ("bad", True)
+
+
+def test_what_a_running_node_meets_is_diagnosed_without_knocking_again(tmp_path: Path) -> None:
+    given = settings(tmp_path, broker__host="127.0.0.1", broker__port=free_port())
+
+    found = outside.broker(given, running={"broker": {"connected": False, "problem": "refuses: Bad user name or password", "outbox": 7}})
+
+    assert (found.state, found.advice.startswith("7 messages wait; the password is wrong")) == ("bad", True)

@@ -1,0 +1,76 @@
+"""`milpa-node doctor`: what keeps a node from working, and what to do about it. Looks, and changes nothing.
+
+finding       what one look says: good, warn (it works, look at it), bad (do something)
+machine       the clock, the disk and its wear, the supply's voltage, the temperature; paths are arguments, so tests build broken machines
+certificates  expired, soon expired, not matching their key, open to others
+outside       the port, brokers that refuse and why, the coordinator and its clock
+model         whether it fits this machine's memory, loads and speaks; whether releases still come
+
+No look waits longer than a few seconds on anything off the machine.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from node.client import daemon_status
+from node.doctor import certificates, machine, model, outside
+from node.doctor.finding import Finding
+from node.settings import NodeSettings, missing_files
+from protocol.errors import MilpaError
+
+__all__ = ["Finding", "examine"]
+
+
+def examine(
+    settings: NodeSettings,
+    *,
+    now: Callable[[], float] = time.time,
+    running: dict[str, Any] | None = None,
+    places: machine.Places | None = None,
+) -> list[Finding]:
+    """All looks, in the order in which to repair.
+
+    Args:
+        running: the status of the node that runs here; None: ask for it.
+        places: where the kernel tells about the machine.
+    """
+    running = _running(settings) if running is None else running
+    places = places or machine.Places()
+    found = [
+        machine.clock(now(), floor=model.newest_signed_time(settings), places=places),
+        machine.disk(settings.state_dir, places=places),
+        machine.wear(settings.state_dir, places=places),
+        machine.supply(places),
+        machine.temperature(places),
+        _files(settings),
+        outside.port(settings, running=bool(running)),
+        *certificates.both(settings, now()),
+        model.memory(settings, places=places, running=running),
+    ]
+    if found[-1].state != "bad":
+        found.append(model.speaks(settings, running=running))
+    found += [
+        outside.broker(settings, running=running),
+        *outside.topic(settings, running=running),
+        *outside.spool(running),
+        *outside.coordinator(settings, now()),
+        model.release(settings, now(), running=running),
+        *model.trust(settings, now()),
+    ]
+    return found
+
+
+def _files(settings: NodeSettings) -> Finding:
+    missing = missing_files(settings)
+    if not missing:
+        return Finding("files", "good", "all that the settings name can be read")
+    named = "; ".join(f"{name} names {file}" for name, file in missing.items())
+    return Finding("files", "bad", f"not readable: {named}", "bring the file, or correct the setting; run the doctor as the node's user")
+
+
+def _running(settings: NodeSettings) -> dict[str, Any]:
+    try:
+        return daemon_status(settings) or {}
+    except MilpaError:
+        return {}  # somebody else listens there; `port` says so
