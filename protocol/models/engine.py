@@ -20,15 +20,16 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import llama_cpp
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from protocol.digests import digest_file
 from protocol.errors import BadInput, DoesNotFit, NotEnough, Unavailable
+from protocol.models.generation import Alternative, Ending, Generation, Piece
+from protocol.models.header import check_file
 from protocol.models.llama_log import forget, said
 from protocol.models.logits import Figures, Logits, Tokens, drawn, figures, greedy, likeliest
 from protocol.models.spelling import Spelling
@@ -44,38 +45,6 @@ SPELLINGS_LIMIT = 4  # forms whose tables are kept; a node has one task
 Choose = Callable[[Logits, Tokens | None], int]  # logits of a position and the ids allowed there (None: all) to an id
 
 llama_cpp.llama_backend_init()
-
-
-class Alternative(msgspec.Struct, frozen=True):
-    """A token that could have come, and how likely it was."""
-
-    token: int
-    text: str
-    logprob: float
-
-
-class Piece(msgspec.Struct, frozen=True):
-    """One token as it is said."""
-
-    text: str  # "" for the end token, and for the first parts of a split character
-    token: int
-    logprob: float
-    alternatives: tuple[Alternative, ...] = ()
-
-
-class Generation(msgspec.Struct, frozen=True):
-    """What the model said and how sure it was of each token. The five tuples have one entry a token, the end token included."""
-
-    text: str
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]  # natural log of the chosen token's probability
-    margins: tuple[float, ...]  # top-1 minus top-2, in log-probability
-    entropies: tuple[float, ...]  # of the whole next-token distribution, nats
-    pieces: tuple[str, ...]  # text of each token, "" for the end token; a character split over tokens belongs to its last one
-    prompt_tokens: int
-    seconds: float
-    stopped: Literal["end", "line", "length"]
-    alternatives: tuple[tuple[Alternative, ...], ...] = ()  # the likeliest tokens at each place, best first, where they were asked for
 
 
 class Engine:
@@ -104,6 +73,7 @@ class Engine:
         self._model = load_weights(model)
         self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
         self._size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self.parameters = int(llama_cpp.llama_model_n_params(self._model))  # of the bare model, whatever the quantisation
         try:
             self.model_digest = digest_file(model)
             self._open_context()
@@ -220,6 +190,17 @@ class Engine:
         if not np.isfinite(length) or length == 0.0:
             raise DoesNotFit(f"{self.path.name} computes a vector that is not finite, or zero; the model is damaged")
         return (total / length).astype(np.float32)
+
+    def count(self, text: str) -> int:
+        """How many tokens `text` has for this model, without a begin token.
+
+        Raises:
+            BadInput: an empty text, or one that is not Unicode.
+            Unavailable: the engine is closed.
+        """
+        with self._lock:
+            self._need_open()
+            return len(self._tokenize(text)) - len(self._begin())
 
     def _hidden(self, ids: list[int], skip: int, size: int) -> NDArray[np.float64]:
         """Sum of the last hidden states of `ids` but the first `skip`: (hidden,)."""
@@ -387,7 +368,7 @@ class _Speech:
 
     def run(self, logits: Logits, limit: int, *, prompt_tokens: int, started: float) -> Generation:
         """Say tokens until the answer ends; `logits` are those after the prompt."""
-        stopped: Literal["end", "line", "length"] | None = None
+        stopped: Ending | None = None
         while stopped is None:
             stopped = self._say(logits, last=len(self._tokens) + 1 == limit)
             if stopped is None:
@@ -400,7 +381,7 @@ class _Speech:
             alternatives=tuple(self._others),
         )  # fmt: skip
 
-    def _say(self, logits: Logits, *, last: bool) -> Literal["end", "line", "length"] | None:
+    def _say(self, logits: Logits, *, last: bool) -> Ending | None:
         """Choose the next token and tell it; why the answer ends with it, or None."""
         allowed = self._spelling.allowed(self._state) if self._spelling and self._state is not None else None
         token = self._choose(logits, allowed)
@@ -411,7 +392,7 @@ class _Speech:
         if self._spelling and self._state is not None:
             self._state = self._spelling.after(self._state, raw)
         text, line_break, _rest = raw.partition(b"\n")
-        stopped: Literal["end", "line", "length"] | None = "end" if ended else "line" if line_break else "length" if last else None
+        stopped: Ending | None = "end" if ended else "line" if line_break else "length" if last else None
         self._pieces.append(self._text.decode(text, final=stopped is not None))  # an unfinished character becomes a sign of its own
         if self._count:
             found = likeliest(logits, self._count)
@@ -444,18 +425,12 @@ def load_weights(path: Path) -> Any:
 
 
 def check_gguf(path: Path) -> None:
-    """Check that `path` begins like a GGUF.
+    """Check that `path` is a whole GGUF, so that llama.cpp, which ends the process over some damages, sees no damaged one.
 
     Raises:
-        BadInput: it is missing or something else.
+        BadInput: it is missing, something else or damaged.
     """
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise BadInput(f"cannot read the model file {path}: {error.strerror}") from error
-    if magic != b"GGUF":
-        raise BadInput(f"{path} is not a GGUF file")
+    check_file(path)
 
 
 def _need_memory(model: Path) -> None:
