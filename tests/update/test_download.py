@@ -201,3 +201,18 @@ def test_a_black_hole_ends_by_its_time_limit(tmp_path, coordinator):
         with pytest.raises(Unavailable, match="ReadTimeout"):
             one.fetch(f"http://127.0.0.1:{proxy.port}/repository/blobs/{release.files[0].digest}", release.files[0].digest, 50_000)
         client.close()
+
+
+def test_a_download_that_must_wait_for_sun_keeps_what_came_and_goes_on_from_there(tmp_path):
+    client, seen = server()
+    one = downloader(tmp_path, client)
+    sun = iter(["", *[""] * 10])  # it shines for ten pieces
+
+    with pytest.raises(Unavailable, match="the rest waits: no sun"):
+        fetch(one, wait_for=lambda: next(sun, "no sun"))
+    had = one.budget.received
+    path = fetch(one)
+
+    assert 0 < had < len(DATA)
+    assert path.read_bytes() == DATA and one.budget.received == len(DATA)
+    assert len(seen) == 2

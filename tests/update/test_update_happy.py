@@ -121,3 +121,17 @@ def test_known_answers_are_the_students_and_not_asked_of_a_teacher(coordinator):
     assert isinstance(release.known_answers[0], KnownAnswer)
 
     known_answers_hold(lambda prompt: "something else", release, role="teacher")
+
+
+def test_files_wait_for_sun_and_metadata_does_not(coordinator, site):
+    coordinator.publish(1)
+    why, took = ["no sun"], []
+    node = site(wait_for=lambda: why[0], received=took.append)
+
+    waiting = node.check()
+    why[0] = ""
+    activated = node.check()
+
+    assert (waiting.state, "no sun" in waiting.reason) == ("waiting", True)
+    assert 0 < waiting.fetched < 10_000 and not node.tested[1:]
+    assert activated.state == "activated" and sum(took) > 0
