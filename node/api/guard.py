@@ -6,13 +6,13 @@
 """
 
 import hmac
-import json
 from collections.abc import Callable
-from typing import Any
 
+import msgspec
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from node.api.errors import error_body
 from node.page import door
 
 BODY_LIMIT = 256 * 1024  # bytes; a record is at most 4,000 characters, a chat may carry old messages
@@ -29,14 +29,14 @@ class Guard:
 
     Args:
         key: what `Authorization: Bearer ...` must carry; "" for none, then only OUR_HOSTS are answered.
-        count: told the route's path and the status of every response.
+        count: told the scope and the status of every response.
     """
 
     def __init__(
-        self, app: ASGIApp, *, key: str = "", body_limit: int = BODY_LIMIT, count: Callable[[str, int], None] | None = None
+        self, app: ASGIApp, *, key: str = "", body_limit: int = BODY_LIMIT, count: Callable[[Scope, int], None] | None = None
     ) -> None:
         self.app, self.key, self.body_limit = app, key, body_limit
-        self._count = count or (lambda path, status: None)
+        self._count = count or (lambda scope, status: None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or pass on with the body counted."""
@@ -46,7 +46,7 @@ class Guard:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._count(getattr(scope.get("route"), "path", "other"), message["status"])
+                self._count(scope, message["status"])
             await send(message)
 
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -81,17 +81,12 @@ class Guard:
         return limited
 
 
-def error_body(message: str, kind: str, code: str, param: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI clients read it."""
-    return {"error": {"message": message, "type": kind, "code": code, "param": param}}
-
-
 def _host(value: str) -> str:
     return value[: value.rindex(":")] if value.rpartition(":")[2].isdigit() else value
 
 
 async def _answer(send: Send, status: int, message: str, kind: str, code: str) -> None:
-    body = json.dumps(error_body(message, kind, code)).encode()
+    body = msgspec.json.encode(error_body(message, kind, code))
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -3,9 +3,12 @@
 import statistics
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from node.answering import Given
 
@@ -32,20 +35,24 @@ class Metrics:
         self.escalated_count = 0
         self._told = (0, 0)  # of both, what the last summary said
         self._recent: deque[float] = deque(maxlen=1000)  # seconds of the latest answers
+        self._recalled = Counter("milpa_node_memory_answers", "Answers from memory, by match", ["match"], registry=self.registry)
         self._confidence = Histogram("milpa_node_confidence", "Confidence of local answers", buckets=SHARES, registry=self.registry)
 
     def answered(self, given: Given) -> None:
         """A local answer was given."""
-        generation = given.spoken.generation
         with self._lock:
             self.answered_count += 1
             self.escalated_count += given.provisional
-            self._recent.append(generation.seconds)
+            self._recent.append(given.seconds)
         self._answers.labels(given.state).inc()
-        self._prompt.inc(generation.prompt_tokens)
-        self._generated.inc(len(generation.tokens))
-        self._seconds.observe(generation.seconds)
-        self._confidence.observe(given.judgement.confidence)
+        if given.recalled is not None:
+            self._recalled.labels(given.recalled.match).inc()
+        if given.spoken is not None:
+            generation = given.spoken.generation
+            self._prompt.inc(generation.prompt_tokens)
+            self._generated.inc(len(generation.tokens))
+            self._seconds.observe(generation.seconds)
+            self._confidence.observe(given.judgement.confidence)
 
     def changed(self, state: str) -> None:
         """A reply, the operator or the clock changed an answer."""
@@ -66,6 +73,18 @@ class Metrics:
     def watch(self, name: str, what: str, value: Callable[[], float]) -> None:
         """A figure that is read when asked for: `milpa_node_NAME`."""
         Gauge(f"milpa_node_{name}", what, registry=self.registry).set_function(value)
+
+    def count_by(self, name: str, what: str, label: str, values: Callable[[], Mapping[Any, float]]) -> None:
+        """Counters kept elsewhere, by label: `milpa_node_NAME_total{LABEL=...}`, read when asked for."""
+
+        class Counters(Collector):
+            def collect(self) -> Iterable[Metric]:
+                found = CounterMetricFamily(f"milpa_node_{name}", what, labels=[label])
+                for key, value in values().items():
+                    found.add_metric([str(key)], value)
+                return [found]
+
+        self.registry.register(Counters())
 
     def render(self) -> bytes:
         """The text format."""

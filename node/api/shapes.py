@@ -1,151 +1,138 @@
-"""Bodies of the API. Requests as OpenAI clients send them, what Milpa adds under `x_milpa`; unknown fields are ignored outside it and
-refused in it.
-
-A record's source is the prompt of `/v1/completions`, or the last user message of `/v1/chat/completions`: the task's own template makes
-the model's prompt out of it, so clients never see one. Sampling parameters are accepted and have no effect: answers are greedy.
+"""What both dialects share: what a request wants, what Milpa adds under `x_milpa`, an answer as it stands. `openai.py` and `ollama.py` have
+the rest. Unknown fields are ignored, as clients of both send many; inside `x_milpa` they are refused.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any
 
-import pydantic
+import msgspec
 
 from node.answering import Given
+from node.api.errors import BadBody
+from node.memory.rules import Recalled
 from node.store import AnswerRow
 from protocol.errors import BadInput
 from protocol.tasks import Record
 
+FROM_MEMORY = "milpa-memory"  # named as the model where none spoke
 LENGTH = 4_000  # characters of ids, names and texts; a record's own limit is checked in codec
+BATCH = 64  # prompts or texts a request
+STOPS = 16  # stop strings a request
+DEADLINE_HEADER = "x-milpa-deadline-s"
+
+Name = Annotated[str, msgspec.Meta(max_length=LENGTH)]
+Id = Annotated[str, msgspec.Meta(max_length=200)]
+Stops = str | Annotated[list[str], msgspec.Meta(max_length=STOPS)] | None
 
 
-class Extras(pydantic.BaseModel):
-    """What Milpa needs to know beyond OpenAI's fields."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
+class Extras(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What Milpa needs to know beyond a dialect's fields."""
 
     task: str = ""  # empty: the node's own
     lang: str = "en"
     site: str = ""
-    record_id: str = pydantic.Field(default="", max_length=200)
+    record_id: Id = ""
+    deadline_s: float = 0.0  # seconds; 0: the node's own, which no request exceeds
 
 
-class CompletionRequest(pydantic.BaseModel):
-    """POST /v1/completions."""
-
-    model: str = pydantic.Field(default="", max_length=LENGTH)
-    prompt: str | list[str]
-    stream: bool = False
-    n: int = 1
-    x_milpa: Extras = Extras()
-
-    def source(self) -> str:
-        """The record's source."""
-        if isinstance(self.prompt, str):
-            return self.prompt
-        if len(self.prompt) != 1:
-            raise BadInput(f"one prompt a request, not {len(self.prompt)}; send them one after the other")
-        return self.prompt[0]
-
-
-class Part(pydantic.BaseModel):
-    """A piece of a message's content."""
-
-    type: str
-    text: str = ""
-
-
-class ChatMessage(pydantic.BaseModel):
-    """One message."""
-
-    role: str
-    content: str | list[Part] | None = None
-
-    def text(self) -> str:
-        """The message's text.
-
-        Raises:
-            BadInput: it carries something else, such as an image.
-        """
-        if self.content is None or isinstance(self.content, str):
-            return self.content or ""
-        if other := next((part.type for part in self.content if part.type != "text"), ""):
-            raise BadInput(f"a message carries {other!r}; this node reads text only")
-        return "".join(part.text for part in self.content)
-
-
-class ChatRequest(pydantic.BaseModel):
-    """POST /v1/chat/completions."""
-
-    model: str = pydantic.Field(default="", max_length=LENGTH)
-    messages: list[ChatMessage] = pydantic.Field(min_length=1, max_length=1000)
-    stream: bool = False
-    n: int = 1
-    x_milpa: Extras = Extras()
-
-    def source(self) -> str:
-        """The record's source: the last user message."""
-        for message in reversed(self.messages):
-            if message.role == "user":
-                return message.text()
-        raise BadInput("there is no message with the role 'user'")
-
-
-class FeedbackRequest(pydantic.BaseModel):
+class FeedbackRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """POST /v1/feedback: the operator's word on an answer."""
 
-    model_config = pydantic.ConfigDict(extra="forbid")
-
-    id: str = pydantic.Field(max_length=200)
-    verdict: str = pydantic.Field(default="", max_length=200)
-    text: str = pydantic.Field(default="", max_length=LENGTH)
+    id: Id
+    verdict: Id = ""
+    text: Name = ""
 
 
-def to_record(request: CompletionRequest | ChatRequest, *, task: str, site: str, fresh_id: str) -> Record:
-    """The record a request stands for.
+class Asked(msgspec.Struct, frozen=True):
+    """What a request wants, whichever dialect it came in."""
+
+    sources: tuple[str, ...]
+    model: str = ""
+    stream: bool = False
+    usage: bool = False  # a stream ends with the token counts
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+    alternatives: int = 0
+    extras: Extras = Extras()
+
+    def records(self, *, task: str, site: str, fresh_id: str) -> tuple[Record, ...]:
+        """The records the request stands for; in a batch each has its place in its id."""
+        ours = self.extras
+        base = ours.record_id or fresh_id
+        names = [base] if len(self.sources) == 1 else [f"{base}-{index}" for index in range(len(self.sources))]
+        return tuple(
+            Record(id=name, task=ours.task or task, source=source, lang=ours.lang, site=ours.site or site)
+            for name, source in zip(names, self.sources, strict=True)
+        )
+
+
+def stops(given: Stops) -> tuple[str, ...]:
+    """Stop strings as a tuple; an empty one would stop everything.
 
     Raises:
-        BadInput: it asks for something this API does not do.
+        BadInput: one is empty.
     """
-    if request.stream:
-        raise BadInput("streaming is not offered: answers are one short line; set stream to false")
-    if request.n != 1:
-        raise BadInput(f"one answer a request, not {request.n}: answers are greedy, so all would be equal")
-    extras = request.x_milpa
-    return Record(
-        id=extras.record_id or fresh_id, task=extras.task or task, source=request.source(), lang=extras.lang, site=extras.site or site
-    )
+    found = (given,) if isinstance(given, str) else tuple(given or ())
+    if "" in found:
+        raise BadInput("stop: an empty stop string would stop every answer before it begins")
+    return found
 
 
-def completion(given: Given, *, kind: Literal["text_completion", "chat.completion"], model: str, created: int) -> dict[str, Any]:
-    """The response body of both completions."""
-    generation = given.spoken.generation
-    reason = "length" if generation.stopped == "length" else "stop"
-    name = model or model_name(given.spoken.speaker.task, given.spoken.speaker.release)
-    choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}
-    if kind == "chat.completion":
-        choice["message"] = {"role": "assistant", "content": given.answer.text}
-    else:
-        choice["text"] = given.answer.text
-    return {
-        "id": given.id, "object": kind, "created": created, "model": name, "choices": [choice], "usage": usage(given),
-        "x_milpa": extras(given),
-    }  # fmt: skip
+def refuse_what_we_do_not(**wanted: tuple[bool, str]) -> None:
+    """An honest no to fields that would change the answer and are not offered; each is (asked for, what to do instead).
+
+    Raises:
+        BadBody: of the first that was asked for.
+    """
+    for name, (asked, advice) in wanted.items():
+        if asked:
+            raise BadBody(f"{name}: {advice}", name)
+
+
+def deadline(asked: float, header: str, *, limit_s: float) -> float:
+    """Seconds a request may take: the smallest of what body, header and settings say.
+
+    Raises:
+        BadInput: not a number of seconds above 0.
+    """
+    try:
+        named = [value for value in (float(header) if header else 0.0, asked) if value != 0.0]
+    except ValueError as error:
+        raise BadInput(f"{DEADLINE_HEADER}: {header[:40]!r} is not a number of seconds") from error
+    if any(not value > 0.0 for value in named):
+        raise BadInput("a deadline is a number of seconds above 0")
+    return min(limit_s, *named) if named else limit_s
 
 
 def usage(given: Given) -> dict[str, int]:
-    """Token counts."""
-    prompt, generated = given.spoken.generation.prompt_tokens, len(given.spoken.generation.tokens)
+    """Tokens read and written; none where memory answered."""
+    generation = given.spoken.generation if given.spoken else None
+    prompt, generated = (generation.prompt_tokens, len(generation.tokens)) if generation else (0, 0)
+    return counted(prompt, generated)
+
+
+def counted(prompt: int, generated: int) -> dict[str, int]:
+    """OpenAI's `usage`."""
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
 def extras(given: Given) -> dict[str, Any]:
     """What Milpa says about an answer when it is given."""
-    engine = given.spoken.speaker.engine
+    speaker = given.spoken.speaker if given.spoken else None
     return {
         "id": given.id, "record_id": given.record.id, "task": given.record.task, "text": given.answer.text, "verdict": given.answer.verdict,
         "sentence": given.answer.sentence, "confidence": given.judgement.confidence, "reason": given.judgement.reason, "state": given.state,
-        "provisional": given.provisional, "escalation": given.question, "release": given.spoken.speaker.release,
-        "model_digest": engine.model_digest, "adapter_digest": engine.adapter_digest, "seconds": given.spoken.generation.seconds,
+        "provisional": given.provisional, "escalation": given.question, "release": speaker.release if speaker else 0,
+        "model_digest": speaker.model_digest if speaker else "", "adapter_digest": speaker.adapter_digest if speaker else "",
+        "seconds": given.seconds, "memory": remembered(given.recalled),
     }  # fmt: skip
+
+
+def remembered(recalled: Recalled | None) -> dict[str, Any] | None:
+    """Where an answer from memory comes from; None when the model spoke."""
+    if recalled is None:
+        return None
+    return {"match": recalled.match, "key": recalled.key, "answer": recalled.source, "similarity": recalled.similarity}
 
 
 def stored(row: AnswerRow) -> dict[str, Any]:
@@ -157,6 +144,11 @@ def stored(row: AnswerRow) -> dict[str, Any]:
         "escalation": row.question or "", "release": row.release, "model_digest": row.model_digest, "adapter_digest": row.adapter_digest,
         "seconds": row.seconds, "changed": row.upgraded,
     }  # fmt: skip
+
+
+def answered_by(given: Given) -> str:
+    """Who is named as the model of an answer."""
+    return model_name(given.spoken.speaker.task, given.spoken.speaker.release) if given.spoken else FROM_MEMORY
 
 
 def model_name(task: str, release: int) -> str:

@@ -20,26 +20,26 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from protocol.confidence import Calibration
 from protocol.errors import BadInput, Unavailable
+from protocol.models.generation import Generation, Piece
 from protocol.tasks import Form
 
 if TYPE_CHECKING:  # a daemon without a model must not pay for llama.cpp and numpy: 20 MiB
     import numpy as np
     from numpy.typing import NDArray
 
-    from protocol.models.engine import Generation, Piece
-
 IDLE_S = 5.0  # seconds between looks at the stop flag when nothing is asked; `stop` wakes the thread anyway
 FIRST_GUESS_S = 0.1  # seconds a record takes, before any was answered
 REMEMBERED = 0.2  # weight of the latest record in the running mean of seconds a record
 FIRST, SPARE, LAST = 0, 1, 2  # order in the queue: answers, sampling, nothing
 
-OnPiece = Callable[["Piece"], None]
+OnPiece = Callable[[Piece], None]
 
 
 class Busy(Unavailable):
@@ -83,17 +83,30 @@ class Speaks(Protocol):
     def embed(self, text: str) -> NDArray[np.float32]:
         """The text as a vector of length 1."""
 
+    def count(self, text: str) -> int:
+        """How many tokens the text has for this model."""
+
+    def set_adapter(self, path: Path | None) -> None:
+        """Put that adapter on the model; None: the bare model."""
+
     def close(self) -> None:
         """Free the memory."""
 
 
 class Speaker(msgspec.Struct, frozen=True):
-    """A model ready to answer, and what belongs to it."""
+    """A model ready to answer, and what belongs to it. It keeps the digests it began with: the engine may be given another adapter."""
 
     engine: Speaks
     task: str
     release: int = 0  # 0: a fixed file from the settings
     calibration: Calibration | None = None  # None: none was shipped for exactly this model and adapter
+    model_digest: str = ""  # these two are the engine's
+    adapter_digest: str = ""
+
+    def __post_init__(self) -> None:
+        """Note what the engine is now."""
+        msgspec.structs.force_setattr(self, "model_digest", self.engine.model_digest)
+        msgspec.structs.force_setattr(self, "adapter_digest", self.engine.adapter_digest)
 
 
 class Spoken(msgspec.Struct, frozen=True):
@@ -108,6 +121,15 @@ class Embedded(msgspec.Struct, frozen=True):
 
     vector: NDArray[np.float32]  # (hidden,), of length 1
     speaker: Speaker
+    tokens: int = 0  # read
+
+
+class Listening(msgspec.Struct, frozen=True):
+    """Who hears an answer while it is said."""
+
+    on_piece: OnPiece | None = None  # called in the owner thread with every token; must not block
+    alternatives: int = 0  # likeliest tokens to tell at each place
+    gone: threading.Event = msgspec.field(default_factory=threading.Event)  # set when nobody wants the answer any more
 
 
 class _Job(msgspec.Struct):
@@ -177,6 +199,18 @@ class Worker:
         if before is not None and (speaker is None or before.engine is not speaker.engine):
             before.engine.close()
 
+    def readapt(self, change: Callable[[Speaker], Speaker]) -> None:
+        """Let `change` put another adapter on the active model between two pieces of work; what it returns answers from then on.
+
+        Raises:
+            NoModel: nothing is active.
+            whatever `change` raises: the speaker before goes on, so `change` must leave its engine as it was.
+        """
+        with self._swap:
+            if self._speaker is None:
+                raise NoModel("no model is active: there is nothing to put an adapter on")
+            self._speaker = change(self._speaker)
+
     def ask(
         self,
         task: str,
@@ -185,34 +219,33 @@ class Worker:
         max_new_tokens: int,
         deadline_s: float,
         form: Form | None = None,
-        on_piece: OnPiece | None = None,
-        alternatives: int = 0,
-        gone: threading.Event | None = None,
+        listening: Listening | None = None,
     ) -> Spoken:
         """Wait at most `deadline_s` seconds for the model's continuation of `prompt`.
 
         Args:
-            form, on_piece, alternatives: see `Engine.generate`; `on_piece` is called in the owner thread and must not block.
-            gone: set by the caller when nobody wants the answer any more.
+            form: see `Engine.generate`.
+            listening: who hears it meanwhile.
 
         Raises:
             NoModel: nothing is active yet.
             Busy: the queue is full.
             Late: no answer within the deadline.
-            Gone: as `gone` says.
+            Gone: the listener is.
             BadInput: another task than the active model's, or a prompt the model cannot read.
         """
+        heard = listening or Listening()
 
         def work(speaker: Speaker, check: OnPiece) -> Spoken:
             def each(piece: Piece) -> None:
                 check(piece)
-                if on_piece is not None:
-                    on_piece(piece)
+                if heard.on_piece is not None:
+                    heard.on_piece(piece)
 
-            said = speaker.engine.generate(prompt, max_new_tokens=max_new_tokens, form=form, on_piece=each, alternatives=alternatives)
+            said = speaker.engine.generate(prompt, max_new_tokens=max_new_tokens, form=form, on_piece=each, alternatives=heard.alternatives)
             return Spoken(said, speaker)
 
-        spoken: Spoken = self._wait_for(work, task=task, deadline_s=deadline_s, gone=gone)
+        spoken: Spoken = self._wait_for(work, task=task, deadline_s=deadline_s, gone=heard.gone)
         return spoken
 
     def sample(
@@ -242,7 +275,9 @@ class Worker:
         Raises:
             NoModel, Busy, Late, BadInput: as `ask`.
         """
-        vector: Embedded = self._wait_for(lambda speaker, _: Embedded(speaker.engine.embed(text), speaker), task="", deadline_s=deadline_s)
+        vector: Embedded = self._wait_for(
+            lambda speaker, _: Embedded(speaker.engine.embed(text), speaker, speaker.engine.count(text)), task="", deadline_s=deadline_s
+        )
         return vector
 
     def _wait_for(
@@ -269,7 +304,7 @@ class Worker:
         except FutureTimeout:
             job.gone.set()
             job.done.cancel()
-            raise Late(f"no answer within {deadline_s:g} s") from None
+            raise Late(f"no answer within {deadline_s:.3g} s") from None
 
     def _run(self) -> None:
         while not self._stopping.is_set():

@@ -1,66 +1,77 @@
 """What is remembered, over HTTP: for the node's page and the command line.
 
-GET    /v1/memory?kind=&shareable=&limit=    entries, patterns first; the text stays on this machine's API
-POST   /v1/memory                            a pattern: {when, verdict?, text?, task?, lang?, shareable?}
-POST   /v1/memory/KEY                        {shareable}: let this pattern leave the site, or not any more
-DELETE /v1/memory/KEY                        forget it, at once
+GET    /v1/memory?kind=&shareable=true&limit=   entries, patterns first
+POST   /v1/memory                               a pattern: {when, verdict?, text?, task?, lang?, shareable?}
+POST   /v1/memory/KEY                           {shareable}: let this pattern leave the site, or not any more
+DELETE /v1/memory/KEY                           forget it, at once
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
-import pydantic
-from fastapi import FastAPI, Query
-from fastapi.responses import JSONResponse
+import msgspec
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
 
+from node.api.bodies import Json, number, read_as
 from node.memory.recall import Memory
 from protocol.tasks import SOURCE_LIMIT, task_named
 
 LIST_LIMIT = 1_000  # entries a request
 
+Text = Annotated[str, msgspec.Meta(max_length=SOURCE_LIMIT)]
+Name = Annotated[str, msgspec.Meta(max_length=200)]
 
-class PatternRequest(pydantic.BaseModel):
+
+class PatternRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """When you see this, it means that."""
 
-    model_config = pydantic.ConfigDict(extra="forbid")
-
-    when: str = pydantic.Field(max_length=SOURCE_LIMIT)
-    verdict: str = pydantic.Field(default="", max_length=200)
-    text: str = pydantic.Field(default="", max_length=SOURCE_LIMIT)
-    task: str = pydantic.Field(default="", max_length=200)  # empty: the node's own
+    when: Text
+    verdict: Name = ""
+    text: Text = ""
+    task: Name = ""  # empty: the node's own
     lang: str = "en"
     shareable: bool = False
 
 
-class ShareRequest(pydantic.BaseModel):
+class ShareRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether a pattern may leave the site."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
 
     shareable: bool
 
 
-def add(app: FastAPI, memory: Memory, *, task: Callable[[], str]) -> None:
+def add(app: Starlette, memory: Memory, *, task: Callable[[], str]) -> None:
     """Offer the routes.
 
     Args:
         task: the node's own, for patterns that name none.
     """
 
-    @app.get("/v1/memory")
-    def entries(kind: str = "", shareable: bool = False, limit: int = Query(100, ge=1, le=LIST_LIMIT)) -> JSONResponse:
-        return JSONResponse({"object": "list", "data": memory.listed(kind=kind, shareable=shareable, limit=limit)})
-
-    @app.post("/v1/memory")
-    def pattern(request: PatternRequest) -> JSONResponse:
-        named = task_named(request.task or task())
-        return JSONResponse(
-            memory.add(named, lang=request.lang, when=request.when, verdict=request.verdict, text=request.text, shareable=request.shareable)
+    def entries(request: Request) -> Response:
+        shareable, limit = (
+            request.query_params.get("shareable", "") in ("1", "true"),
+            number(request, "limit", 100, least=1, most=LIST_LIMIT),
         )
+        return Json({"object": "list", "data": memory.listed(kind=request.query_params.get("kind", ""), shareable=shareable, limit=limit)})
 
-    @app.post("/v1/memory/{key}")
-    def share(key: str, request: ShareRequest) -> JSONResponse:
-        return JSONResponse(memory.share(key, shareable=request.shareable))
+    async def pattern(request: Request) -> Response:
+        wanted = await read_as(request, PatternRequest)
+        named = task_named(wanted.task or task())
+        told = await run_in_threadpool(
+            memory.add, named, lang=wanted.lang, when=wanted.when, verdict=wanted.verdict, text=wanted.text, shareable=wanted.shareable
+        )
+        return Json(told)
 
-    @app.delete("/v1/memory/{key}")
-    def forget(key: str) -> JSONResponse:
-        return JSONResponse(memory.forget(key))
+    async def share(request: Request) -> Response:
+        wanted = await read_as(request, ShareRequest)
+        return Json(await run_in_threadpool(memory.share, request.path_params["key"], shareable=wanted.shareable))
+
+    def forget(request: Request) -> Response:
+        return Json(memory.forget(request.path_params["key"]))
+
+    app.add_route("/v1/memory", entries, methods=["GET"])
+    app.add_route("/v1/memory", pattern, methods=["POST"])
+    app.add_route("/v1/memory/{key}", share, methods=["POST"])
+    app.add_route("/v1/memory/{key}", forget, methods=["DELETE"])

@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from node.answering import Answering
 from node.api import routes
 from node.api.metrics import Metrics
+from node.api.server import Server, bind
 from node.app import Daemon
 from node.engine.worker import Speaker, Worker
 from node.settings import NodeSettings, read
@@ -58,6 +59,7 @@ class NodeInMemory:
     """What the tests hold in their hands."""
 
     def __init__(self, folder: Path, engine: FakeEngine, *, asking: Notes | None, budget: float, capacity: int, deadline_s: float) -> None:
+        self.server: Server | None = None
         self.engine, self.asking, self.clock, self.metrics = engine, asking, Clock(), Metrics()
         self.store = Store(folder / "node.db")
         self.worker = Worker(capacity=capacity)
@@ -94,8 +96,17 @@ class NodeInMemory:
     def client(self) -> TestClient:
         return TestClient(self.app, base_url="http://127.0.0.1", raise_server_exceptions=False)
 
+    def serve(self) -> str:
+        """The API on a real socket; its address."""
+        if self.server is None:
+            self.server = Server(self.app, bind("127.0.0.1", 0, key=""))
+            self.server.start()
+        return self.server.url
+
     def close(self) -> None:
         self.engine.gate.set()
+        if self.server is not None:
+            self.server.stop()
         self.worker.stop()
         self.store.close()
 

@@ -4,13 +4,14 @@ import math
 import random
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.digests import digest_bytes
+from protocol.digests import digest_bytes, digest_file
 from protocol.errors import BadInput, Unavailable
-from protocol.models.engine import Alternative, Generation, Piece
+from protocol.models.generation import Alternative, Generation, Piece
 from protocol.tasks import Form
 
 CONTEXT = 512
@@ -31,6 +32,7 @@ class FakeEngine:
         self.answers, self.default, self.probability = dict(answers or {}), default, probability
         self.model_digest = digest_bytes(name.encode())
         self.adapter_digest = ""
+        self.parameters = 0
         self.prompts: list[str] = []
         self.said: list[str] = []  # every piece of every answer
         self.closed = False
@@ -67,6 +69,14 @@ class FakeEngine:
         for word in text.lower().split():  # texts that share words are near each other
             total += np.random.default_rng(list(word.encode())).standard_normal(HIDDEN)
         return (total / np.linalg.norm(total)).astype(np.float32)
+
+    def set_adapter(self, path: Path | None) -> None:
+        if path is not None and not path.is_file():
+            raise BadInput(f"cannot read the model file {path}: there is none")
+        self.adapter_digest = digest_file(path) if path else ""
+
+    def count(self, text: str) -> int:
+        return len(text.split())
 
     def close(self) -> None:
         self.closed = True

@@ -11,14 +11,14 @@ from node.api.server import Server, bind
 from protocol.codec import encode
 from protocol.errors import BadInput, PortInUse
 from protocol.tasks import Record
-from tests.node.conftest import reply_to
+from tests.node.conftest import eventually, reply_to
 from tests.node.fake_engine import FakeEngine
 
 SOURCE = "soil 21 C, tank 2.1 m"
 
 
 def test_a_completion_is_openai_s_with_ours_under_x_milpa(sure: Any) -> None:
-    body = {"model": "gpt-x", "prompt": SOURCE, "temperature": 0.7, "max_tokens": 5, "x_milpa": {"lang": "es", "record_id": "w-17"}}
+    body = {"model": "gpt-x", "prompt": SOURCE, "temperature": 0, "max_tokens": 50, "x_milpa": {"lang": "es", "record_id": "w-17"}}
 
     answer = sure.client().post("/v1/completions", json=body)
 
@@ -44,7 +44,7 @@ def test_the_last_user_message_is_the_record(sure: Any) -> None:
 
     told = sure.client().post("/v1/chat/completions", json={"model": "m", "messages": messages}).json()
 
-    assert told["choices"][0]["message"] == {"role": "assistant", "content": "normal: all is well"}
+    assert told["choices"][0]["message"] == {"role": "assistant", "content": "normal: all is well", "refusal": None}
     assert sure.engine.prompts == [f"{SOURCE}\nen:"]
 
 
@@ -87,9 +87,19 @@ def test_feedback_corrects_and_teaches(sure: Any) -> None:
     [
         ("/v1/completions", {"prompt": ""}, 400, "empty source"),
         ("/v1/completions", {"prompt": "x" * 5000}, 413, "limit is 4000"),
-        ("/v1/completions", {"prompt": ["a", "b"]}, 400, "one prompt"),
-        ("/v1/completions", {"prompt": "x", "stream": True}, 400, "streaming"),
+        ("/v1/completions", {"prompt": []}, 400, "prompt"),
+        ("/v1/completions", {"prompt": ["a"] * 65}, 400, "prompt"),
+        ("/v1/completions", {"prompt": ["a", ""]}, 400, "empty source"),
+        ("/v1/completions", {"prompt": "x", "stream": True, "max_tokens": 0}, 400, "max_tokens"),
+        ("/v1/completions", {"prompt": "", "stream": True}, 400, "empty source"),
         ("/v1/completions", {"prompt": "x", "n": 2}, 400, "greedy"),
+        ("/v1/completions", {"prompt": "x", "temperature": 0.7}, 400, "greedy"),
+        ("/v1/completions", {"prompt": "x", "echo": True}, 400, "not repeated"),
+        ("/v1/completions", {"prompt": "x", "suffix": "y"}, 400, "suffix"),
+        ("/v1/completions", {"prompt": "x", "logprobs": 6}, 400, "logprobs"),
+        ("/v1/completions", {"prompt": "x", "stop": ""}, 400, "empty stop"),
+        ("/v1/completions", {"prompt": "x", "stream_options": {"include_usage": True}}, 400, "only with stream"),
+        ("/v1/completions", {"prompt": "x", "x_milpa": {"deadline_s": -1}}, 400, "seconds above 0"),
         ("/v1/completions", {"prompt": "x", "x_milpa": {"task": "cook"}}, 400, "unknown task 'cook'"),
         ("/v1/completions", {"prompt": "x", "x_milpa": {"task": "translate-english-spanish"}}, 400, "this node answers 'ranch'"),
         ("/v1/completions", {"prompt": "x", "x_milpa": {"lang": "de"}}, 400, "language 'de'"),
@@ -98,7 +108,14 @@ def test_feedback_corrects_and_teaches(sure: Any) -> None:
         ("/v1/chat/completions", {"messages": []}, 400, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "system", "content": "x"}]}, 400, "role 'user'"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "reads text only"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "form"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}}, 400, "form"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, 400, "only with logprobs"),
+        ("/v1/embeddings", {"input": [[1, 2]]}, 400, "input"),
+        ("/v1/embeddings", {"input": "x", "dimensions": 7}, 400, "dimensions"),
+        ("/v1/embeddings", {"input": "x" * 5000}, 400, "limit is 4000"),
         ("/v1/records", {"id": "a", "task": "ranch"}, 400, "source"),
+        ("/v1/records", [], 400, "1 to 256"),
         ("/v1/feedback", {"id": "nope", "verdict": "leak"}, 404, "no answer"),
         ("/v1/nothing", {}, 404, "Not Found"),
     ],
@@ -110,6 +127,81 @@ def test_bad_input_gets_openai_s_error_body(sure: Any, path: str, body: dict[str
     error = answer.json()["error"]
     assert says in error["message"]
     assert set(error) == {"message", "type", "code", "param"}
+
+
+def test_a_body_says_that_it_is_json(sure: Any) -> None:
+    """A web page elsewhere can send text without asking the browser's leave, JSON it cannot."""
+    client = sure.client()
+
+    codes = [client.post(path, content=b'{"prompt": "x"}').status_code for path in ("/v1/completions", "/api/generate", "/v1/records")]
+
+    assert codes == [400, 400, 400]
+    assert sure.engine.prompts == []
+
+
+def test_records_in_a_list_are_answered_or_refused_each_on_its_own(sure: Any) -> None:
+    good, bad = {"id": "w1", "task": "ranch", "source": SOURCE}, {"id": "w2", "task": "ranch", "source": ""}
+
+    told = sure.client().post("/v1/records", json=[good, bad, {**good, "id": "w3"}]).json()["data"]
+
+    assert [one.get("record_id") for one in told] == ["w1", None, "w3"]
+    assert (told[1]["status"], told[1]["error"]["message"]) == (400, "record 'w2' has an empty source")
+    assert len(sure.refused()) == 1
+
+
+def test_a_batch_with_a_prompt_that_cannot_be_read_answers_none(sure: Any) -> None:
+    answer = sure.client().post("/v1/completions", json={"prompt": ["good", ""]})
+
+    assert (answer.status_code, sure.engine.prompts) == (400, [])
+
+
+def test_the_suggested_wait_grows_with_what_waits(make_node: Callable[..., Any]) -> None:
+    node = make_node(FakeEngine(), capacity=8)
+    node.worker._seconds = 2.0  # what a record takes here
+    node.engine.gate.clear()
+    with ThreadPoolExecutor(8) as pool:
+        before = node.worker.retry_after_s
+        asked = [pool.submit(node.answer, f"record {index}") for index in range(6)]
+        eventually(lambda: node.worker.waiting == 5)
+        after = node.worker.retry_after_s
+        node.engine.gate.set()
+        for future in asked:
+            future.result(20)
+
+    assert (before, after) == (2, 12)
+
+
+@pytest.mark.parametrize(
+    ("body", "header"), [({"deadline_s": 0.1}, {}), ({}, {"x-milpa-deadline-s": "0.1"}), ({"deadline_s": 5}, {"x-milpa-deadline-s": "0.1"})]
+)
+def test_a_request_may_have_a_shorter_deadline(make_node: Callable[..., Any], body: dict[str, Any], header: dict[str, str]) -> None:
+    node = make_node(FakeEngine(), deadline_s=20.0)
+    node.engine.pace_s = 0.2  # the model speaks, but too slowly
+
+    answer = node.client().post("/v1/completions", json={"prompt": "x", "x_milpa": body}, headers=header)
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline")
+
+
+def test_no_request_has_a_longer_deadline_than_the_settings(make_node: Callable[..., Any]) -> None:
+    node = make_node(FakeEngine(), deadline_s=0.1)
+    node.engine.pace_s = 0.2
+
+    answer = node.client().post("/v1/completions", json={"prompt": "x", "x_milpa": {"deadline_s": 60}})
+
+    assert answer.status_code == 504
+
+
+def test_a_deadline_stops_the_model_in_the_middle_of_its_answer(make_node: Callable[..., Any]) -> None:
+    node = make_node(FakeEngine(default=" normal:" + " word" * 40), deadline_s=0.3)
+    node.engine.pace_s = 0.1
+
+    node.client().post("/v1/completions", json={"prompt": "x"})
+    eventually(lambda: node.worker._swap.acquire(blocking=False))
+    node.worker._swap.release()
+
+    assert 0 < len(node.engine.said) < 20
+    assert node.client().get("/v1/answers").json()["data"] == []
 
 
 def test_what_does_not_decode_is_kept_with_the_reason(sure: Any) -> None:
@@ -138,7 +230,7 @@ def test_a_full_queue_is_429_with_retry_after(make_node: Callable[..., Any]) -> 
         server.stop()
 
     assert codes == [200, 200, 429]
-    assert refused.headers["retry-after"].isdigit()
+    assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["type"] == "rate_limit_error"
 
 

@@ -8,7 +8,8 @@ import pytest
 from protocol.digests import digest_file
 from protocol.errors import BadInput, DoesNotFit
 from protocol.models import engine as module
-from protocol.models.engine import Engine, Generation
+from protocol.models.engine import Engine
+from protocol.models.generation import Generation
 from protocol.tasks import RANCH, Form, translation
 from tests.node.conftest import write_adapter
 
