@@ -79,6 +79,7 @@ class Memory(Part):
         self._size = 0  # figures of a vector
         self._made = 0  # vectors there
         self._todo: deque[tuple[str, str, str]] = deque(maxlen=max(1, chosen.rows))  # key, scope, source
+        self._remade = 0  # how often the file had been begun anew when it was last looked at
         self._grown = False  # since the last thought about limits
         self._problem = ""
         self._scan_at = self._prune_at = 0.0  # monotonic
@@ -150,7 +151,7 @@ class Memory(Part):
         """The entries most like the record, nearest first, as they stand now."""
         worker = self._need_worker()
         embedded = worker.embed(record.source, deadline_s=deadline_s)
-        model = embedded.speaker.engine.model_digest
+        model = embedded.speaker.model_digest
         if model != self._model:
             raise NoVectors("another model speaks now; vectors are being made for it")
         close = self._vectors.nearest(model, embedded.vector, scope=scope, count=rules.NEIGHBOURS)
@@ -286,7 +287,7 @@ class Memory(Part):
         speaker = worker.speaker
         if speaker is None or not self._may_work():
             return 0.0
-        if speaker.engine.model_digest != self._model or time.monotonic() >= self._scan_at:
+        if speaker.model_digest != self._model or self._vectors.remade != self._remade or time.monotonic() >= self._scan_at:
             self._scan(speaker.task)
         if not self._make_batch(worker):
             if self._todo or not self._grown:
@@ -299,7 +300,7 @@ class Memory(Part):
     def _scan(self, task: str) -> None:
         """Find what has no vector yet, and drop vectors of what is forgotten."""
         probe = self._need_worker().embed(task, deadline_s=EMBED_DEADLINE_S)  # tells model and size together
-        model, size = probe.speaker.engine.model_digest, int(probe.vector.size)
+        model, size = probe.speaker.model_digest, int(probe.vector.size)
         there = self._vectors.keys(model, size)
         with self.store.transaction() as session:
             wanted = table.best(session, task, limit=min(self.chosen.rows, room_for(self.chosen.max_bytes, size)))
@@ -310,6 +311,7 @@ class Memory(Part):
         self._todo.clear()
         self._todo.extend((key, rules.scope(task, lang), source) for key, lang, source in wanted if key not in there)
         self._model, self._size, self._made = model, size, len(there & keys)
+        self._remade = self._vectors.remade
         self._scan_at, self._grown = time.monotonic() + SCAN_S, True
 
     def _make_batch(self, worker: Worker) -> int:
@@ -322,7 +324,7 @@ class Memory(Part):
             if self._made + len(made) >= room_for(self.chosen.max_bytes, self._size):
                 continue  # the disk limit; the next scan drops what is least of use
             embedded = worker.embed(source, deadline_s=EMBED_DEADLINE_S)
-            if embedded.speaker.engine.model_digest != self._model:
+            if embedded.speaker.model_digest != self._model:
                 self._scan_at = 0.0
                 return 0
             made.append((key, scope, embedded.vector))
