@@ -48,5 +48,5 @@ class Link(Part):
         return (
             ("link_up_bytes", "Bytes sent today, headers included", lambda: float(self.meter.day.up)),
             ("link_down_bytes", "Bytes received today, headers included", lambda: float(self.meter.day.down)),
-            ("link_bytes_a_day", "Bytes that may be spent a day; 0 for no limit", lambda: float(self.rules.bytes_a_day)),
+            ("link_limit_bytes", "Bytes that may be spent a day; 0 for no limit", lambda: float(self.rules.bytes_a_day)),
         )
