@@ -155,6 +155,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "Trained an adapter on {examples} examples, loss {before} to {after}",
         "Entrenó un adaptador con {examples} ejemplos, pérdida {before} a {after}",
     ),
+    "happened.pattern": ("Shared a pattern: “{when}” means “{means}”", "Compartió un patrón: «{when}» significa «{means}»"),
     "happened.adapter-refused": ("Trained no adapter: {reason}", "No entrenó adaptador: {reason}"),
     "happened.round-accepted": ("Its adapter entered round {round}", "Su adaptador entró en la ronda {round}"),
     "happened.round-refused": (

@@ -518,5 +518,5 @@ def _happened(words: Words, line: views.Happened) -> str:
         peer=values.get("peer") or words.text("happened.some-peer"), outcome=words.text(state) if words.known(state) else "",
         answered=figure("answered"), since=words.clock(int(values.get("since") or 0)), upgraded=figure("upgraded"),
         confirmed=figure("confirmed"), count=figure("count"), escalated=figure("escalated"), examples=figure("examples"),
-        before=figure("loss_before", 2), after=figure("loss_after", 2),
+        before=figure("loss_before", 2), after=figure("loss_after", 2), when=values.get("when", ""), means=values.get("means", ""),
     )  # fmt: skip

@@ -42,6 +42,7 @@ FIGURES_LIMIT = 32  # figures in one event
 LARGEST = 2**53  # counters and times beyond this are not numbers a JSON reader can hold exactly
 BUSY_S = 10.0  # seconds a writer waits for another writer
 DETAIL_KEYS = frozenset({"state", "peer", "reason", "task", "site", "question", "model_digest", "adapter_digest"})
+PATTERN_KEYS = DETAIL_KEYS | {"key", "lang", "when", "means"}  # of a `pattern`, the one event whose text its operator let go
 
 
 class PublishedRelease(msgspec.Struct, frozen=True):
@@ -222,12 +223,13 @@ class Ledger:
         """
         if len(event.figures) > FIGURES_LIMIT or not all(math.isfinite(value) for value in event.figures.values()):
             raise BadInput(f"event {event.id!r} of {event.node!r} has more than {FIGURES_LIMIT} figures or one that is not finite")
+        keys = PATTERN_KEYS if event.kind == "pattern" else DETAIL_KEYS
         row = {
             "id": _short(event.id, 128, "id"), "node": checked_name(event.node, what="node"),
             "kind": checked_name(event.kind, what="kind of event"),
             "at": _count(event.at), "received": received,
             "figures": {_short(name, 64, "figure"): value for name, value in event.figures.items()},
-            "detail": {key: _clean(value) for key, value in event.detail.items() if key in DETAIL_KEYS},
+            "detail": {key: _clean(value) for key, value in event.detail.items() if key in keys},
         }  # fmt: skip
         if not row["id"]:
             raise BadInput(f"an event of {event.node!r} has no id: it could not be told from its second delivery")

@@ -4,6 +4,7 @@ finding       what one look says: good, warn (it works, look at it), bad (do som
 machine       the clock, the disk and its wear, the supply's voltage, the temperature; paths are arguments, so tests build broken machines
 certificates  expired, soon expired, not matching their key, open to others
 outside       the port, brokers that refuse and why, the coordinator and its clock
+remembered    whether the memory can do what it is set to
 model         whether it fits this machine's memory, loads and speaks; whether releases still come
 
 No look waits longer than a few seconds on anything off the machine.
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from node.client import daemon_status
-from node.doctor import certificates, machine, model, outside
+from node.doctor import certificates, machine, model, outside, remembered
 from node.doctor.finding import Finding
 from node.settings import NodeSettings, missing_files
 from protocol.errors import MilpaError
@@ -54,6 +55,7 @@ def examine(
         outside.broker(settings, running=running),
         *outside.topic(settings, running=running),
         *outside.spool(running),
+        remembered.memory(settings, running=running),
         *outside.coordinator(settings, now()),
         model.release(settings, now(), running=running),
         *model.trust(settings, now()),

@@ -115,5 +115,5 @@ def newest_signed_time(settings: NodeSettings) -> float:
     """The newest time the coordinator signed, as this node remembers it; 0 without one."""
     try:
         return float(msgspec.json.decode((settings.state_dir / "trust" / "seen.json").read_bytes(), type=Seen).floor)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *codec.UNREADABLE):
         return 0.0

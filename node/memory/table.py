@@ -15,11 +15,12 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from node.memory import rules
 from node.store import OPERATOR, AnswerRow, Base, ExampleRow, Store
-from protocol.errors import BadInput, NotEnough
+from protocol.errors import BadInput, NotEnough, TooLarge
 from protocol.names import known
 from protocol.tasks import Answer, Record, Task
 
 PATTERNS_LIMIT = 1_000  # each record is held against all of its task: 1,000 cost about a millisecond
+PATTERN_LIMIT = 300  # characters of what is seen, and of what it means; as much of an event's text as the coordinator keeps
 KEY_LEAST = 6  # hexadecimal digits that name an entry, if no other begins with them
 
 Kind = Literal["answer", "pattern"]
@@ -74,9 +75,11 @@ def add_pattern(session: Session, task: Task, *, lang: str, when: str, means: An
     """Remember "when you see this, it means that"; said again, it means what was said last.
 
     Raises:
-        BadInput: hardly anything to recognise it by.
+        BadInput: hardly anything to recognise it by, or more than PATTERN_LIMIT characters.
         NotEnough: PATTERNS_LIMIT are there.
     """
+    if max(len(when), len(means.text)) > PATTERN_LIMIT:
+        raise TooLarge(f"a pattern has at most {PATTERN_LIMIT} characters on either side")
     words = rules.spread(when)
     if len(words.replace(" ", "")) < rules.PATTERN_LEAST:
         raise BadInput(f"a pattern needs at least {rules.PATTERN_LEAST} letters or digits to be known by; say more of what is seen")

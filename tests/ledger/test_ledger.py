@@ -161,6 +161,14 @@ class LedgerContract:
         (row,) = rows(ledger, tables.events)
         assert row["detail"] == {"state": "upgraded", "reason": "late  very"}
 
+    def test_a_pattern_brings_the_text_its_operator_let_go_and_nothing_else(self, ledger):
+        detail = {"key": "5f", "lang": "es", "when": "chuco", "means": "panel-soiled: limpie", "prompt": "la bomba no jala"}
+
+        for number, kind in enumerate(("pattern", "answers")):
+            ledger.add_event(Event(id=f"e{number}", node="esteli", kind=kind, detail=detail), NOW)
+
+        assert [sorted(row["detail"]) for row in rows(ledger, tables.events)] == [["key", "lang", "means", "when"], []]
+
     def test_an_event_without_an_id_is_refused(self, ledger):
         with pytest.raises(BadInput, match="no id"):
             ledger.add_event(Event(id="", node="esteli", kind="answers"), NOW)

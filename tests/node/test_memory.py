@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ from node.store import OPERATOR, AnswerRow
 from protocol.digests import digest_bytes
 from protocol.errors import BadInput, NotEnough
 from protocol.tasks import RANCH, task_named
-from tests.node.conftest import ROOT, Notes, reply_to
+from tests.node.conftest import ROOT, Notes, ask, eventually, reply_to, settings
 from tests.node.fake_engine import FakeEngine
 
 ENGINE = {"default": " normal: all is well", "probability": 0.3}
@@ -582,3 +583,47 @@ def test_an_exact_look_costs_less_than_a_tenth_of_an_answer(remembering: Any) ->
         took.append(time.perf_counter() - began)
 
     assert sorted(took)[10] < 0.005  # seconds; an answer takes 50 ms
+
+
+@pytest.mark.parametrize(
+    ("use", "running", "state", "says"),
+    [
+        ("exact", {}, "good", "from memory"),
+        ("near", {}, "warn", "damaged"),
+        ("near", {"memory": {"problem": "the disk is full"}}, "warn", "disk is full"),
+        ("near", {"memory": {"answers": 7, "to_make": 0, "trusted": {}}}, "good", "no similarity is trusted yet, of 7"),
+    ],
+)
+def test_the_doctor_says_what_keeps_the_memory_from_working(tmp_path: Path, use: str, running: Any, state: str, says: str) -> None:
+    from node.doctor import remembered
+
+    chosen = settings(tmp_path, memory__use=use)
+    chosen.state_dir.mkdir()
+    (chosen.state_dir / "memory.db").write_bytes(b"junk" * 100)
+
+    found = remembered.memory(chosen, running=running)
+
+    assert found.state == state and says in found.found
+
+
+def test_the_doctor_names_the_libraries_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from node.doctor import remembered
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    found = remembered.memory(settings(tmp_path, memory__use="examples"), running={})
+
+    assert "apsw and sqlite_vec" in found.found and "pip install" in found.advice
+
+
+@pytest.mark.llama
+def test_a_daemon_remembers_a_correction_and_shows_it(tmp_path: Path, tiny: Path, start: Any) -> None:
+    daemon = start(settings(tmp_path, model__path=str(tiny), memory__use="near"))
+    given = ask(daemon.server.url).json()["x_milpa"]
+    httpx.post(daemon.server.url + "/v1/feedback", json={"id": given["id"], "verdict": "leak", "text": "a pipe"}, timeout=30)
+
+    again = ask(daemon.server.url).json()["x_milpa"]
+    eventually(lambda: httpx.get(daemon.server.url + "/v1/status", timeout=30).json()["memory"]["vectors"] == 1)
+
+    assert (again["text"], again["memory"]["answer"]) == ("leak: a pipe", given["id"])
+    assert "milpa_node_memory_vectors 1.0" in httpx.get(daemon.server.url + "/metrics", timeout=30).text
