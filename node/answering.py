@@ -5,7 +5,8 @@ Rules:
  * The answer, the question and the outbox row are one transaction; nothing is sent inside it.
  * A reply is an upgrade event, applied once. Late, repeated and mismatched replies change nothing.
  * The operator outranks a peer, and a peer outranks the node itself.
- * A confirmed answer becomes an example. It never leaves the site.
+ * A confirmed answer becomes an example, and is remembered. It never leaves the site.
+ * What is remembered answers without the model (node/memory). Such an answer says so, is final, and confirms nothing.
 
 States: final (sure enough) | provisional -> upgraded (peer says otherwise), confirmed (peer agrees), unconfirmed (nobody replied in
 time) | unconfirmed at once when not sure and nobody may be asked | any -> confirmed or corrected, by the operator.
@@ -22,7 +23,10 @@ import msgspec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from node.engine.worker import Spoken, Worker
+from node.confidence.budget import Budget
+from node.confidence.judging import Judge, Ruling
+from node.engine.worker import Listening, Spoken, Worker
+from node.memory.rules import Recalled, with_examples
 from node.store import OPERATOR, AnswerRow, State, Store, learn_from, new_id, next_change, refuse
 from protocol.codec import checked_record
 from protocol.confidence import Judgement, features, judge
@@ -33,6 +37,7 @@ from protocol.names import known
 from protocol.tasks import Answer, Record, Task, task_named
 
 PEER_WEIGHT_FLOOR = 0.1  # an example a peer was unsure of still counts a little
+MEMORY = "memory"  # who stands behind an answer that was remembered
 
 
 class NoSuchAnswer(UnknownName):
@@ -51,8 +56,24 @@ class Asking(Protocol):
         """Put an event for the coordinator into the outbox."""
 
 
+class Remembering(Protocol):
+    """What answering needs of the memory; `node.memory.recall.Memory` is the real one. No call fails for want of a memory."""
+
+    def recall(self, record: Record, task: Task, *, deadline_s: float) -> Recalled | None:
+        """What is remembered for the record; None: ask the model."""
+
+    def examples(self, record: Record, task: Task, *, deadline_s: float) -> tuple[Record, ...]:
+        """Solved records to show the model before this one, the nearest last."""
+
+    def remember(self, session: Session, row: AnswerRow, *, origin: str, weight: float, now: float) -> None:
+        """Remember the answer as it stands now, inside the caller's transaction."""
+
+    def used(self, session: Session, recalled: Recalled, *, now: float) -> None:
+        """Note inside the caller's transaction that this entry answered."""
+
+
 class Given(msgspec.Struct, frozen=True):
-    """The local answer to one record, as it is returned at once."""
+    """The local answer to one record, as it is returned at once. The model spoke, or memory did: one of the last two is there."""
 
     id: str
     record: Record
@@ -60,7 +81,9 @@ class Given(msgspec.Struct, frozen=True):
     judgement: Judgement
     state: State
     question: str  # id of the question to a peer, or ""
-    spoken: Spoken
+    seconds: float  # computing time: the model's, or the look into the memory
+    spoken: Spoken | None
+    recalled: Recalled | None = None
 
     @property
     def provisional(self) -> bool:
@@ -93,60 +116,105 @@ class Answering:
         clock: Callable[[], float] = time.time,
         watch: Watch | None = None,
         on_asked: Callable[[], None] = lambda: None,
+        memory: Remembering | None = None,
+        judge: Judge | None = None,
     ) -> None:
         self.store, self.worker, self.node, self.site = store, worker, node, site
-        self.budget = budget  # share of the questions that may be escalated
+        self.judge = judge or Judge(store, Budget(share=budget, audit=0.0), clock=clock)
         self.asking = asking  # None: nobody may be asked
+        self.memory = memory  # None: nothing is remembered
         self._clock = clock
         self._watch = watch
         self._on_asked = on_asked  # called after the commit: the outbox may look now
 
-    def answer(self, record: Record, *, deadline_s: float, origin: str = "api") -> Given:
+    def answer(self, record: Record, *, deadline_s: float, origin: str = "api", listening: Listening | None = None) -> Given:
         """The local answer to `record`, within `deadline_s` seconds; stored, and asked of a peer when it is too unsure.
 
         Raises:
             BadInput: an unusable record (kept with the reason) or another task than the active model's.
-            Busy, Late, NoModel: see `node.engine.worker`.
+            Busy, Late, NoModel, Gone: see `node.engine.worker`; nothing is stored.
         """
         try:
             record = checked_record(record)
             task = task_named(record.task)
-            prompt = task.prompt(record)
-            spoken = self.worker.ask(task.name, prompt, max_new_tokens=task.max_new_tokens, deadline_s=deadline_s, form=task.form)
+            began = time.perf_counter()
+            recalled = self.memory.recall(record, task, deadline_s=deadline_s) if self.memory else None
+            if recalled is None:
+                given = self._ask_model(record, task, ends=began + deadline_s, listening=listening)
+            else:
+                given = self._save_recalled(record, task, recalled, seconds=time.perf_counter() - began)
         except BadInput as error:
             self.refuse(record.source, reason=str(error), origin=origin)
             raise
-        answer = task.parse(spoken.generation.text)
-        judgement = judge_answer(task, answer, spoken, budget=self.budget)
-        given = self._save(record, prompt, answer, judgement, spoken)
         if given.provisional:
             self._on_asked()
         if self._watch is not None:
             self._watch.answered(given)
         return given
 
-    def _save(self, record: Record, prompt: str, answer: Answer, judgement: Judgement, spoken: Spoken) -> Given:
-        now = self._clock()
-        asking = None if judgement.keep else self.asking
+    def _ask_model(self, record: Record, task: Task, *, ends: float, listening: Listening | None) -> Given:
+        """The model's answer, by `ends` of the performance counter; shown what memory has, where that fits the model's context."""
+
+        def ask(prompt: str) -> Spoken:
+            left = max(0.0, ends - time.perf_counter())
+            return self.worker.ask(
+                task.name, prompt, max_new_tokens=task.max_new_tokens, deadline_s=left, form=task.form, listening=listening
+            )
+
+        shown = self.memory.examples(record, task, deadline_s=max(0.0, ends - time.perf_counter())) if self.memory else ()
+        try:
+            spoken = ask(with_examples(task, record, shown))
+        except BadInput:
+            if not shown:
+                raise
+            shown, spoken = (), ask(task.prompt(record))
+        answer = task.parse(spoken.generation.text)
+        ruling = self.judge.rule(task, answer, spoken, prompt=task.prompt(record))
+        note = f"{len(shown)} remembered records shown" if shown else ""
+        return self._save(record, task.prompt(record), answer, ruling, spoken, note=note)
+
+    def _save_recalled(self, record: Record, task: Task, recalled: Recalled, *, seconds: float) -> Given:
+        """An answer from memory: stored like any other, `by` memory, and of no model."""
+        now, answer = self._clock(), task.parse(recalled.text)
+        row = AnswerRow(
+            id=new_id(), created=now, record=record.id, task=record.task, site=record.site or self.site, lang=record.lang,
+            source=record.source, prompt=task.prompt(record), local=answer.text, text=answer.text, verdict=answer.verdict,
+            confidence=recalled.confidence, reason=recalled.reason, state="final", by=MEMORY, model_digest="", adapter_digest="", release=0,
+            seconds=seconds,
+        )  # fmt: skip
+        with self.store.transaction() as session:
+            row.change = next_change(session)
+            session.add(row)
+            if self.memory:
+                self.memory.used(session, recalled, now=now)
+        judgement = Judgement(True, recalled.confidence, recalled.reason)
+        return Given(row.id, record, answer, judgement, "final", "", seconds, None, recalled)
+
+    def _save(self, record: Record, prompt: str, answer: Answer, ruling: Ruling, spoken: Spoken, *, note: str = "") -> Given:
+        now, judgement = self._clock(), ruling.judgement
+        if note:
+            judgement = msgspec.structs.replace(judgement, reason=f"{judgement.reason}; {note}")
+        asking = self.asking if judgement.ask else None
         state: State = "final" if judgement.keep else "provisional" if asking else "unconfirmed"
         question = None
         if asking:
             expires = now + asking.deadline_s
             question = Question(new_id(), self.node, record.task, prompt, judgement.confidence, int(expires))
-        engine = spoken.speaker.engine
+        speaker = spoken.speaker
         row = AnswerRow(
             id=new_id(), created=now, record=record.id, task=record.task, site=record.site or self.site, lang=record.lang,
             source=record.source, prompt=prompt, local=answer.text, text=answer.text, verdict=answer.verdict,
             confidence=judgement.confidence, reason=judgement.reason, state=state, question=question.id if question else None,
-            deadline=question.expires if question else 0.0, model_digest=engine.model_digest, adapter_digest=engine.adapter_digest,
+            deadline=question.expires if question else 0.0, model_digest=speaker.model_digest, adapter_digest=speaker.adapter_digest,
             release=spoken.speaker.release, seconds=spoken.generation.seconds,
         )  # fmt: skip
         with self.store.transaction() as session:
             row.change = next_change(session)
             session.add(row)
+            self.judge.remember(session, row.id, ruling)
             if asking and question:
                 asking.ask(session, question)
-        return Given(row.id, record, answer, judgement, state, question.id if question else "", spoken)
+        return Given(row.id, record, answer, judgement, state, question.id if question else "", spoken.generation.seconds, spoken)
 
     def refuse(self, text: str, *, reason: str, origin: str) -> None:
         """Keep an unusable input with the reason."""
@@ -174,7 +242,7 @@ class Answering:
         state: State = "confirmed" if same else "upgraded"
         _change(session, row, state=state, by=f"peer:{reply.peer}", answer=answer, now=now)
         weight = min(1.0, max(PEER_WEIGHT_FLOOR, reply.confidence))
-        learn_from(session, row, origin=row.by, weight=weight, partial=False, now=now)
+        self._learn(session, row, weight=weight, partial=False, now=now)
         self._report(session, state, row, reply, now)
         return state
 
@@ -214,13 +282,18 @@ class Answering:
             row = session.scalar(select(AnswerRow).where(AnswerRow.id == answer_id))
             if row is None:
                 raise NoSuchAnswer(f"no answer {answer_id!r} here; it may have been pruned")
-            answer, partial = read_correction(task_named(row.task), row, verdict=verdict, text=text)
+            answer, partial = read_correction(task_named(row.task), Answer(row.text, row.verdict), verdict=verdict, text=text)
             same = answer.text == row.text
             _change(session, row, state="confirmed" if same else "corrected", by=OPERATOR, answer=answer, now=now)
-            learn_from(session, row, origin=OPERATOR, weight=1.0, partial=partial, now=now)
+            self._learn(session, row, weight=1.0, partial=partial, now=now)
         if self._watch is not None:
             self._watch.changed(row.state)
         return row
+
+    def _learn(self, session: Session, row: AnswerRow, *, weight: float, partial: bool, now: float) -> None:
+        """What `row.by` confirmed is an example from now on, and is remembered: both, or neither."""
+        if learn_from(session, row, origin=row.by, weight=weight, partial=partial, now=now) and self.memory:
+            self.memory.remember(session, row, origin=row.by, weight=weight, now=now)
 
     def _report(self, session: Session, state: str, row: AnswerRow | None, reply: Reply | None, now: float) -> None:
         """Tell the coordinator how an escalation ended: figures, never the text."""
@@ -242,8 +315,8 @@ def judge_answer(task: Task, answer: Answer, spoken: Spoken, *, budget: float) -
     return judgement
 
 
-def read_correction(task: Task, row: AnswerRow, *, verdict: str, text: str) -> tuple[Answer, bool]:
-    """What the operator means, and whether the sentence is missing.
+def read_correction(task: Task, before: Answer, *, verdict: str, text: str) -> tuple[Answer, bool]:
+    """What the operator means, and whether the sentence is missing. Saying the verdict of `before` again confirms its sentence.
 
     Raises:
         UnknownName, BadInput: see `Answering.correct`.
@@ -266,8 +339,8 @@ def read_correction(task: Task, row: AnswerRow, *, verdict: str, text: str) -> t
         raise BadInput(f"the text must begin with a verdict and a colon, as in '{task.codes[0]}: ...'; or give `verdict` beside it")
     if text:
         return task.parse(task.render(verdict, text)), False
-    if verdict == row.verdict:
-        return task.parse(row.text), False
+    if verdict == before.verdict:
+        return task.parse(before.text), False
     return Answer(text=f"{verdict}:", verdict=verdict), True
 
 

@@ -3,6 +3,7 @@
     caller's thread  starts everything, waits, stops everything (node/service.py: signals, systemd, the watchdog)
     milpa-engine     the model                       milpa-api        HTTP
     milpa-update     releases, on notice and by poll  milpa-sweep     deadlines, pruning, summaries
+    milpa-learn      training when the sun allows, sync windows
     mqtt, outbox, presence                           only with a broker
     milpa-spool, mqtt of the site                    only where the settings open those entrances
 
@@ -33,11 +34,14 @@ from node.api import routes
 from node.api.metrics import Metrics
 from node.api.server import Server, bind
 from node.client import RunFile
+from node.confidence.judging import Judge, budget_of, samples_of
+from node.energy.power import Watches, counted, power_of
 from node.engine.live import LiveModel
 from node.engine.worker import Worker
 from node.entrances.spool import SpoolFolder
 from node.entrances.topic import SiteTopic
-from node.memory import routes as memory_routes
+from node.learn.learner import Learner
+from node.link import Link
 from node.memory.recall import Memory
 from node.messaging import Messaging
 from node.parts import Part
@@ -70,6 +74,7 @@ class Daemon:
         self.failed = False  # a part died; the process must not pretend to live
         self.parts: tuple[Part, ...] = ()
         self.worker = Worker(capacity=settings.api.queue)
+        self.power = power_of(settings, clock)
         self.messaging: Messaging | None = None
         self._reloads = 0
         self._restart: tuple[str, ...] = ()  # settings that differ in the file and wait for a restart
@@ -94,24 +99,26 @@ class Daemon:
             self._lock(state)
             self.store = Store(state / "node.db")
             self.slots = Slots(state, role=settings.node.role)
+            self.link = Link(settings, self.store.engine)
             self.messaging = self._messaging()
             self.model = LiveModel(
                 self.worker, self.slots, settings.model, updates=bool(settings.update.url),
-                on_change=self.messaging.announce if self.messaging else lambda: None,
+                on_change=self._model_changed,
             )  # fmt: skip
             self.memory = self._memory()
+            self.judge = self._judge()
             self.answering = Answering(
-                self.store, self.worker, node=settings.node.name, site=settings.site, budget=settings.model.budget,
-                asking=self.messaging.asker if self.messaging else None, clock=self.clock, watch=self.metrics,
+                self.store, self.worker, node=settings.node.name, site=settings.site, judge=self.judge,
+                asking=self.messaging.asker if self.messaging else None, clock=self.clock, watch=Watches(self.metrics, self.power),
                 on_asked=self.messaging.wake if self.messaging else lambda: None, memory=self.memory,
             )  # fmt: skip
-            self.updated = Releases(settings, self.slots, self.model, emit=self._emit, clock=self.clock)
-            self.parts = (self.updated, *self._parts())
+            self.updated = Releases(settings, self.slots, self.model, emit=self._emit, clock=self.clock, power=self.power)
+            self.learner = Learner(settings, self.slots, self.store, self.model, self.power, clock=self.clock)
+            self.parts = (self.link, self.power, self.updated, self.learner, *self._parts())
             app = routes.build(
                 self.answering, self.metrics, default_task=settings.model.task, deadline_s=settings.api.deadline_s, status=self.status,
-                why_not_ready=lambda: self.model.why, examine=self._examine, key=key, clock=self.clock,
+                why_not_ready=lambda: self.model.why, examine=self._examine, key=key, clock=self.clock, memory=self.memory,
             )  # fmt: skip
-            memory_routes.add(app, self.memory, task=lambda: self.worker.speaker.task if self.worker.speaker else settings.model.task)
             self.server = Server(app, listener)
         except BaseException:
             listener.close()
@@ -126,16 +133,27 @@ class Daemon:
 
     def _parts(self) -> tuple[Part, ...]:
         """Everything optional, in the order in which it starts; what the settings do not ask for is not built."""
-        settings, parts = self.settings, list[Part]([self.memory])
+        settings, parts = self.settings, list[Part]([self.memory, self.judge])
         if settings.spool.enabled:
             parts.append(SpoolFolder(settings, self.answering))
         if settings.topic.host:
             parts.append(SiteTopic(settings, self.answering))
         return tuple(parts)
 
+    def _judge(self) -> Judge:
+        limits = self.settings.confidence
+        return Judge(
+            self.store, budget_of(self.settings), joules_a_question=limits.joules_a_question, refits=limits.refit,
+            samples=counted(samples_of(self.worker), self.power) if limits.agree else None,
+            may_agree=lambda: self.power.may("agree").ok, clock=self.clock,
+        )  # fmt: skip
+
     def _memory(self) -> Memory:
-        report = self.messaging.report if self.messaging else None
-        return Memory(self.store, self.worker, self.settings.state_dir, self.settings.memory, clock=self.clock, report=report)
+        return Memory(
+            self.store, self.worker, self.settings.state_dir, self.settings.memory, clock=self.clock,
+            may_work=lambda: self.power.may("agree").ok, report=self.messaging.report if self.messaging else None,
+            may_spend=lambda cost: self.link.may_spend(cost, "event").ok,
+        )  # fmt: skip
 
     def _serve(self) -> None:
         settings, state = self.settings, self.settings.state_dir
@@ -163,9 +181,16 @@ class Daemon:
     def _messaging(self) -> Messaging | None:
         if not self.settings.broker.host:
             return None
-        return Messaging(self.settings, self.store, self.worker, boot=self.boot, describe=self._describe, clock=self.clock)
+        return Messaging(self.settings, self.store, self.worker, boot=self.boot, describe=self._describe, link=self.link, clock=self.clock)
+
+    def _model_changed(self) -> None:
+        """Another release or adapter answers."""
+        self.learner.look_soon()
+        if self.messaging:
+            self.messaging.announce()
 
     def _gauges(self) -> None:
+        self.metrics.count_by("energy_joules", "Energy by the stated model, by kind of work", "work", self.power.joules)
         self.metrics.watch("ready", "1 when a model is active", lambda: float(self.worker.speaker is not None))
         self.metrics.watch("release", "Number of the active release", lambda: float(self.model.release))
         self.metrics.watch("queue_length", "Requests that wait for the model", lambda: float(self.worker.waiting))
@@ -222,7 +247,6 @@ class Daemon:
         """Take what may change from `new` (already checked); what may not is named in the status and waits for a restart."""
         found = reload.changes(self.settings, new)
         self.settings = reload.merged(self.settings, found)
-        self.answering.budget = self.settings.model.budget
         if self.messaging and self.messaging.asker:
             self.messaging.asker.deadline_s = self.settings.peers.deadline_s
         for part in self.parts:
@@ -245,8 +269,8 @@ class Daemon:
         speaker = self.worker.speaker
         return Status(
             node=self.settings.node.name, boot=self.boot, sequence=0, state="answering" if speaker else "no-model",
-            role=self.settings.node.role, release=self.model.release, model_digest=speaker.engine.model_digest if speaker else "",
-            adapter_digest=speaker.engine.adapter_digest if speaker else "", answered=self.metrics.answered_count,
+            role=self.settings.node.role, release=self.model.release, model_digest=speaker.model_digest if speaker else "",
+            adapter_digest=speaker.adapter_digest if speaker else "", answered=self.metrics.answered_count,
             escalated=self.metrics.escalated_count, waiting=self.messaging.waiting() if self.messaging else 0, version=__version__,
         )  # fmt: skip
 
@@ -289,7 +313,7 @@ class Daemon:
                 self._summarise()  # what was answered since the last summary leaves now, or at the next start
             except SQLAlchemyError as error:
                 log.error("the last summary could not be written: %s", error)
-            self.messaging.stop()
+            self.messaging.stop(sleeping_until=self.power.sleeping_until())
         if self._sweeper.ident is not None:
             self._sweeper.join(10)
         self.model.drop_candidate()

@@ -12,8 +12,10 @@ import msgspec
 from node.settings import NodeSettings
 
 LIVE = frozenset({"model.budget", "peers.deadline_s", "update.poll_s"})  # single keys
-LIVE_SECTIONS = frozenset({"limits", "learn", "spool"})  # whole sections; a new part adds its own here and takes them in `Part.reload`
-NEVER = frozenset({"spool.folder"})  # in a live section, and yet fixed
+LIVE_SECTIONS = frozenset(
+    {"confidence", "limits", "learn", "spool"}
+)  # whole sections; a new part adds its own here and takes them in `Part.reload`
+NEVER = frozenset({"spool.folder", "confidence.agree"})  # in a live section, and yet fixed
 
 
 class Change(msgspec.Struct, frozen=True):

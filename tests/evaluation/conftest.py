@@ -11,6 +11,7 @@ import pytest
 
 from coordinator.forge.judging.engine_process import Answered
 from coordinator.forge.judging.evaluation import Evaluation, judged
+from protocol.confidence import FEATURES
 from protocol.tasks import RANCH, Record, translation
 from tests.tiny import tiny_gguf
 
@@ -34,7 +35,11 @@ def answers(records: list[Record], right: list[bool], sure: list[float]) -> list
         code, _, sentence = record.target.partition(": ")
         said = code if good else RANCH.codes[(RANCH.codes.index(code) + 1) % len(RANCH.codes)]
         logp = math.log(confidence)
-        signals = (1.0, logp, logp, 3.0 * confidence, 1.0 - confidence, logp / 4, logp, logp, 12.0)
+        told = {
+            "in_form": 1.0, "verdict_sum": logp, "verdict_min": logp, "first_margin": 3.0 * confidence, "verdict_entropy": 1.0 - confidence,
+            "mean": logp / 4, "lowest": logp, "tenth": logp, "length": 12.0,
+        }  # fmt: skip
+        signals = tuple(told.get(name, 0.0) for name in FEATURES)
         found.append(Answered(f" {said}: {sentence}", signals, 12, 80, 0.1, "end"))
     return found
 

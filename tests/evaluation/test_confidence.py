@@ -9,16 +9,27 @@ from hypothesis import strategies as st
 
 from protocol.confidence import (
     ABOVE_ALL,
+    CALIBRATION_LIMIT,
     FEATURES,
+    FIRST_FEATURES,
     LOGPROB_FLOOR,
+    VERSION,
+    Agreed,
     Calibration,
+    Tree,
+    agreement,
+    confidence,
     features,
     interpolate,
     judge,
+    log_odds,
+    logistic,
     quantile,
+    repetition,
     verdict_tokens,
 )
-from protocol.models.engine import Generation
+from protocol.models.generation import Generation
+from protocol.tasks import RANCH, translation
 
 # by hand: " leak" ":" " pump" " wet" and the end token
 SPOKEN = Generation(
@@ -40,6 +51,7 @@ def calibration(**changes: object) -> Calibration:
     made = Calibration(
         task="ranch", model_digest="m", adapter_digest="", means=(0.0,) * len(FEATURES), scales=(1.0,) * len(FEATURES), weights=weights,
         bias=0.0, points=((-2.0, 0.2), (0.0, 0.9)), quantiles=(0.2, 0.4, 0.6, 0.8, 0.9), count=100, right=60, method="single",
+        names=FEATURES, version=VERSION,
     )  # fmt: skip
     return msgspec.structs.replace(made, **changes)
 
@@ -56,6 +68,47 @@ def test_signals_of_a_verdict_are_those_of_its_own_tokens() -> None:
     assert found["lowest"] == -1.0
     assert found["tenth"] == pytest.approx(-0.8)  # 0.4 of the way from -1.0 to -0.5
     assert found["length"] == 5.0
+
+
+def test_signals_of_the_whole_answer_are_quantiles_margins_and_ratios() -> None:
+    found = dict(zip(FEATURES, features(SPOKEN), strict=True))
+
+    assert found["quarter"] == pytest.approx(-0.5)
+    assert found["median"] == pytest.approx(-0.2)
+    assert found["margin_mean"] == pytest.approx(15.3 / 5)
+    assert found["margin_min"] == 0.1
+    assert found["verdict_margin"] == 2.5  # of the verdict's own tokens
+    assert found["entropy_mean"] == pytest.approx(0.6)
+    assert found["entropy_max"] == 1.5
+    assert found["repetition"] == 0.0
+    assert found["length_ratio"] == pytest.approx(math.log(5 / 7))
+    assert found["probability"] == pytest.approx(sum(map(math.exp, SPOKEN.logprobs)) / 5)
+    assert found["probability_margin"] == pytest.approx(
+        sum(math.exp(p) * (1 - math.exp(-m)) for p, m in zip(SPOKEN.logprobs, SPOKEN.margins, strict=True)) / 5
+    )
+    assert found["later"] == pytest.approx(-0.5)  # " pump" " wet" and the end
+    assert found["spread"] == pytest.approx(math.sqrt((0.16**2 + 0.26**2 + 0.64**2 + 0.14**2 + 0.36**2) / 5))
+    assert found["word"] == pytest.approx(-0.6)  # three words
+    assert found["tokens_per_character"] == pytest.approx(5 / 15)
+
+
+@pytest.mark.parametrize(("tokens", "share"), [((7,), 0.0), ((1, 2, 3), 0.0), ((1, 1, 1, 1), 2 / 3), ((1, 2, 1, 2, 1), 0.5), ((), 0.0)])
+def test_repetition_is_the_share_of_pairs_that_stood_there_before(tokens: tuple[int, ...], share: float) -> None:
+    assert repetition(tokens) == pytest.approx(share)
+
+
+def test_samples_agree_by_verdict_or_by_likeness() -> None:
+    verdicts = agreement(" leak: pump wet", [" leak: the pump", " dry-run: no water", " babble", " leak:"], RANCH)
+    texts = agreement(" el gato duerme", [" el gato duerme", " xyz"], translation("English", "Spanish"))
+
+    assert verdicts == 0.5
+    assert texts == pytest.approx(0.5)
+
+
+def test_a_broken_answer_agrees_with_nothing() -> None:
+    assert agreement(" babble", [" babble", " babble"], RANCH) == 0.0
+    with pytest.raises(ValueError, match="at least one sample"):
+        agreement(" leak: x", [], RANCH)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +207,12 @@ def test_a_calibration_survives_its_file() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"names": ["other"]}, "other signals"),
+        ({"names": ["other"]}, "signals unknown here"),
+        ({"version": 3}, "update it"),
+        ({"trees": [[[0], [1.0], [1.0]]]}, "splits and values"),
+        ({"trees": [[[0, 0], [1.0, 1.0], [1.0, 2.0, 3.0]]]}, "power of two"),
+        ({"trees": [[[99], [1.0], [1.0, 2.0]]]}, "does not name"),
+        ({"trees": [[[], [], [1.0]]] * 201}, "limit"),
         ({"scales": [0.0] * len(FEATURES)}, "above 0"),
         ({"weights": [1.0]}, "means, scales and weights"),
         ({"points": []}, "isotonic point"),
@@ -186,3 +244,57 @@ def test_interpolation_is_flat_outside_its_points() -> None:
     points = ((0.0, 1.0), (2.0, 3.0))
 
     assert [interpolate(x, points) for x in (-1.0, 0.0, 1.0, 2.0, 9.0)] == [1.0, 1.0, 2.0, 3.0, 3.0]
+
+
+def test_a_file_of_version_1_is_read_as_what_it_was() -> None:
+    """Nine signals, no version: the signals are found by name among today's."""
+    weights = [1.0 if name == "mean" else 0.0 for name in FIRST_FEATURES]
+    old = {
+        "task": "ranch", "model_digest": "m", "adapter_digest": "", "means": [0.0] * 9, "scales": [1.0] * 9, "weights": weights,
+        "bias": 0.0, "points": [[-1.0, 0.0], [0.0, 1.0]], "quantiles": [0.0, 1.0], "count": 50, "right": 25, "method": "logistic",
+        "target": "verdict is right", "names": list(FIRST_FEATURES),
+    }  # fmt: skip
+
+    read = msgspec.json.decode(msgspec.json.encode(old), type=Calibration)
+
+    assert read.score(features(SPOKEN)) == pytest.approx(-0.36)
+
+
+def test_a_tree_goes_up_where_the_signal_is_above_its_split() -> None:
+    tree = Tree(signals=(0, 1, 1), at=(0.5, 10.0, 20.0), values=(1.0, 2.0, 3.0, 4.0))
+
+    assert [tree.value(values) for values in ((0.5, 10.0), (0.0, 11.0), (1.0, 20.0), (1.0, 21.0))] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_trees_add_to_the_linear_score() -> None:
+    place = FEATURES.index("length")
+    made = calibration(trees=(Tree((place,), (4.0,), (-1.0, 0.5)),))
+
+    assert made.score(features(SPOKEN)) == pytest.approx(-0.2 + 0.5)
+
+
+def test_agreement_moves_the_probability_only_where_it_was_fitted() -> None:
+    fitted = calibration(agreed=Agreed(samples=3, temperature=0.7, bias=-1.0, slope=1.0, weight=2.0))
+    values = features(SPOKEN)
+    plain = fitted.confidence(values)
+
+    assert fitted.confidence(values, agreement=1.0) == pytest.approx(logistic(log_odds(plain) + 1.0))
+    assert fitted.confidence(values, agreement=0.0) < plain
+    assert calibration().confidence(values, agreement=0.0) == plain
+
+
+def test_confidence_of_a_broken_answer_is_nothing() -> None:
+    assert confidence(features(SPOKEN), calibration(), in_form=False) == 0.0
+
+
+def test_a_judgement_below_the_threshold_is_asked() -> None:
+    assert judge(features(SPOKEN), calibration=None, threshold=0.9).ask
+    assert not judge(features(SPOKEN), calibration=None, threshold=0.1).ask
+
+
+def test_the_largest_calibration_fits_its_file() -> None:
+    tree = Tree((23, 23, 23), (-1.23456e-5,) * 3, (-1.23456e-5,) * 4)
+    points = tuple((-1.23456 + step / 300, step / 300) for step in range(300))
+    made = calibration(trees=(tree,) * 200, points=points, quantiles=tuple(step / 100 for step in range(101)))
+
+    assert len(msgspec.json.encode(made)) < CALIBRATION_LIMIT

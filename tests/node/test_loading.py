@@ -17,6 +17,7 @@ def calibration(path: Path, **other: Any) -> Path:
     values: dict[str, Any] = {
         "task": "ranch", "model_digest": FakeEngine().model_digest, "adapter_digest": "", "means": ones, "scales": ones, "weights": ones,
         "bias": 0.0, "points": ((-1.0, 0.1), (1.0, 0.9)), "quantiles": (0.1, 0.5, 0.9), "count": 100, "right": 60, "method": "logistic",
+        "names": FEATURES,
     }  # fmt: skip
     path.write_bytes(encode(Calibration(**(values | other))))
     return path
