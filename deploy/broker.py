@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Literal, NamedTuple
@@ -96,21 +96,35 @@ def mosquitto_conf(
     return "\n".join(lines) + "\n"
 
 
-def mosquitto_access() -> str:
-    """The access list for the topics of `protocol/topics.py`: `%u` is the user name, which is the node's name."""
+def mosquitto_access(groups: Mapping[str, Sequence[str]] | None = None) -> str:
+    """The access list for the topics of `protocol/topics.py`: `%u` is the user name, which is the node's name.
+
+    Args:
+        groups: of base stations, name to members: only those may read the questions to the group. Anybody may ask it.
+    """
+    members = [
+        line
+        for group, names in sorted((groups or {}).items())
+        for name in sorted(names)
+        for line in (f"user {checked_name(name)}", f"topic read milpa/v1/group/{checked_name(group, what='group')}/question/+", "")
+    ]
     return "\n".join(
         (
             "# written by deploy/broker.py",
             "pattern write milpa/v1/node/%u/status",
+            "pattern write milpa/v1/node/%u/alive",
             "pattern write milpa/v1/node/%u/event",
             "pattern write milpa/v1/peer/+/question/%u",
+            "pattern write milpa/v1/group/+/question/%u",
             "pattern write milpa/v1/node/+/reply/%u",
             "pattern read milpa/v1/release",
             "pattern read milpa/v1/node/+/status",
+            "pattern read milpa/v1/node/+/alive",
             "pattern read milpa/v1/node/%u/ack",
             "pattern read milpa/v1/node/%u/reply/+",
             "pattern read milpa/v1/peer/%u/question/+",
             "",
+            *members,
             f"user {COORDINATOR}",
             "topic readwrite milpa/#",
             "",
@@ -132,7 +146,15 @@ def password_line(user: str, password: str, *, salt: bytes | None = None) -> str
     return f"{user}:$7${HASH_ROUNDS}${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"
 
 
-def write_mosquitto(folder: Path, *, port: int, users: Mapping[str, str], host: str = "127.0.0.1", tls: Tls | None = None) -> Path:
+def write_mosquitto(
+    folder: Path,
+    *,
+    port: int,
+    users: Mapping[str, str],
+    host: str = "127.0.0.1",
+    tls: Tls | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> Path:
     """Write configuration, access list and password file into `folder`; returns the configuration's path.
 
     Args:
@@ -147,7 +169,7 @@ def write_mosquitto(folder: Path, *, port: int, users: Mapping[str, str], host: 
         user="root" if os.geteuid() == 0 else "",
     )  # fmt: skip
     (folder / "passwords").touch(mode=0o600)
-    write_atomically(folder / "access", mosquitto_access().encode())
+    write_atomically(folder / "access", mosquitto_access(groups).encode())
     write_atomically(folder / "passwords", "".join(password_line(*pair) + "\n" for pair in sorted(users.items())).encode())
     (folder / "passwords").chmod(0o600)
     write_atomically(folder / "mosquitto.conf", conf.encode())
@@ -199,10 +221,12 @@ def prepare(
     tls: Tls | None = None,
     program: Program | None = None,
     tell: Callable[[str], None] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[Program, list[str]]:
     """Write what the broker reads; returns which program it is and the command that runs it in the foreground.
 
     Args:
+        groups: see `mosquitto_access`.
         program: insist on one; None takes mosquitto where it is installed.
         tell: gets the line that says what a fallback cannot do; None prints it to stderr.
 
@@ -218,7 +242,7 @@ def prepare(
     if program == "mosquitto":
         if mosquitto is None:
             raise NotEnough("mosquitto is not installed: apt install mosquitto")
-        return program, [mosquitto, "-c", str(write_mosquitto(folder, port=port, users=users, host=host, tls=tls))]
+        return program, [mosquitto, "-c", str(write_mosquitto(folder, port=port, users=users, host=host, tls=tls, groups=groups))]
     if importlib.util.find_spec("iotcore") is None:
         raise NotEnough("no MQTT broker on this machine: apt install mosquitto, or for a simulation: pip install iotcore")
     (tell or (lambda line: stderr.print(line, style="bold red")))(SIMULATION_ONLY)
@@ -261,7 +285,9 @@ class Broker:
         tls: Tls | None = None,
         program: Program | None = None,
         tell: Callable[[str], None] | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
+        self.groups = groups
         self.folder, self.host, self.port, self.users, self.tls = folder, host, port, dict(users), tls
         self._program, self._tell = program, tell
         self.program: Program | None = None
@@ -276,7 +302,14 @@ class Broker:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.program, command = prepare(
-            self.folder, port=self.port, users=self.users, host=self.host, tls=self.tls, program=self._program, tell=self._tell
+            self.folder,
+            port=self.port,
+            users=self.users,
+            host=self.host,
+            tls=self.tls,
+            program=self._program,
+            tell=self._tell,
+            groups=self.groups,
         )
         log = self.folder / "broker.log"
         with log.open("ab") as output:

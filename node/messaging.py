@@ -6,20 +6,23 @@ The broker may be away for months. Nothing here waits for it: rows go into the o
 import logging
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from node.engine.worker import Worker
 from node.escalation import presence
 from node.escalation.asking import Asker
+from node.escalation.choosing import Me
 from node.escalation.reporting import Reporter
 from node.escalation.serving import Server, with_worker
-from node.settings import NodeSettings, secret
+from node.link import Link
+from node.settings import NodeSettings, located, secret
 from node.store import Store
 from protocol import topics
 from protocol.codec import decode_message
 from protocol.errors import MalformedMessage
-from protocol.messages import ReleaseNotice, Reply, Status
+from protocol.messages import Question, ReleaseNotice, Reply, Status
 from protocol.mqtt import Incoming, Session
 from protocol.outbox import Drain, Executes, Outbox
 
@@ -32,7 +35,8 @@ class Messaging:
     """The node's side of MQTT. Built with the node, started after its model.
 
     Args:
-        describe: the node's state now, for its status.
+        describe: the node's state now, for its status; what others choose their peers by is added here.
+        link: counts and limits what goes over the link; None: nothing does.
     """
 
     def __init__(
@@ -43,37 +47,60 @@ class Messaging:
         *,
         boot: str,
         describe: Callable[[], Status],
+        link: Link | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         name, broker, peers = settings.node.name, settings.broker, settings.peers
         self.name, self.host, self.port = name, broker.host, broker.port
-        self._store, self._clock = store, clock
+        self._settings, self._store, self._worker, self._describe, self._clock = settings, store, worker, describe, clock
         password = secret(broker.password_file, what="broker.password_file")
-        ca, cert, key = (Path(file).expanduser() if file else None for file in (broker.ca_file, broker.cert_file, broker.key_file))
+        ca, cert, key = (located(file) if file else None for file in (broker.ca_file, broker.cert_file, broker.key_file))
         self.session = Session(
             name, broker.host, broker.port, username=broker.username or (name if password else ""), password=password,
-            will=presence.will(name, boot, role=settings.node.role), will_delay=WILL_DELAY_S, ca_file=ca, cert_file=cert, key_file=key,
-            on_parked=self._keep,
+            will=lambda connection: presence.will(name, boot, connection, role=settings.node.role), will_delay=WILL_DELAY_S,
+            ca_file=ca, cert_file=cert, key_file=key, on_parked=self._keep, keepalive=int(settings.link_rules.keepalive_s),
+            backoff_cap=settings.link_rules.backoff_cap_s, meter=link.meter if link else None,
         )  # fmt: skip
         self.outbox = Outbox(store.engine, clock=clock)
-        self._drain = Drain(self.outbox, self.session)
+        self.session.on_connected(lambda _: self.outbox.connected(self.session.maximum_packet))
+        self._drain = Drain(self.outbox, self.session, meter=link.meter if link else None)
         self._reporter = Reporter(name, self.outbox, engine=store.engine, clock=clock)
-        self._voice = presence.Voice(name, boot, self.session, describe, heartbeat=broker.heartbeat_s, clock=clock)
+        self._voice = presence.Voice(name, boot, self.session, self._say, heartbeat=settings.heartbeat_s, clock=clock)
         self._presence = presence.Presence()
         self.asker: Asker | None = None  # None: nobody may be asked
         self._server: Server | None = None
         self.session.subscribe(topics.ack(name), self._reporter.acknowledged)
-        if peers.ask:
-            self.asker = Asker(
-                name, peers.ask, self.outbox, engine=store.engine, presence=self._presence, reporter=self._reporter,
-                votes=peers.votes, deadline_s=peers.deadline_s, clock=clock,
-            )  # fmt: skip
-            for peer in peers.ask:
-                self.session.subscribe(topics.status(peer), self._presence.hear)
-            self.session.subscribe(topics.replies_to(name), self.asker.heard)
+        if peers.ask or peers.ask_groups:
+            self._ask_others()
         if peers.serve:
-            self._server = Server(name, self.outbox, with_worker(worker), engine=store.engine, hop_limit=peers.hops, clock=clock)
-            self.session.subscribe(topics.questions_to(name), self._server.heard)
+            self._answer_others()
+
+    def _ask_others(self) -> None:
+        peers = self._settings.peers
+        listens_to_all = bool(peers.ask_groups)  # who is in a group, its members say in their status
+        self.asker = Asker(
+            self.name, peers.ask, self.outbox, engine=self._store.engine, presence=self._presence, reporter=self._reporter,
+            groups=peers.ask_groups, refuse=self._distrust, meet=None if listens_to_all else self._listen_to, me=self._me,
+            linked=lambda: self.session.connected, votes=peers.votes, quorum=peers.quorum, patience=peers.patience_s,
+            deadline_s=peers.deadline_s, clock=self._clock,
+        )  # fmt: skip
+        if listens_to_all:
+            self.session.subscribe(topics.ALL_STATUS, self._presence.hear)
+            self.session.subscribe(topics.ALL_ALIVE, self._presence.hear_alive)
+        for peer in () if listens_to_all else self.asker.peers:
+            self._listen_to(peer)
+        self.session.subscribe(topics.replies_to(self.name), self.asker.heard)
+
+    def _answer_others(self) -> None:
+        peers = self._settings.peers
+        self._server = Server(
+            self.name, self.outbox, with_worker(self._worker, budget=self._settings.model.budget), engine=self._store.engine,
+            groups=peers.serve_groups, hand_on=self._hand_on, on_load=self.announce, queue_limit=peers.queue, hop_limit=peers.hops,
+            clock=self._clock,
+        )  # fmt: skip
+        self.session.subscribe(topics.questions_to(self.name), self._server.heard)
+        for group in peers.serve_groups:
+            self.session.subscribe(topics.shared_questions(group), self._server.heard)
 
     def start(self, *, apply: Callable[[Reply], str], unanswered: Callable[[str], None], on_release: Callable[[], None]) -> None:
         """Start all threads. Returns at once, broker or no broker.
@@ -91,19 +118,25 @@ class Messaging:
 
         self.session.subscribe(topics.RELEASE, announced)
         if self.asker:
-            self.asker.apply, self.asker.unanswered = apply, unanswered
+            self.asker.apply, self.asker.unanswered = self._or_relay(apply), self._or_own(unanswered)
         self.session.start()
         self._drain.start()
         self._voice.start()
         if self._server:
             self._server.start()
 
-    def stop(self) -> None:
-        """Say goodbye and end all threads."""
+    def stop(self, *, sleeping_until: int = 0) -> None:
+        """Say goodbye and end all threads.
+
+        Args:
+            sleeping_until: seconds since 1970, when this node means to be back; 0: nobody knows.
+        """
+        for group in self._settings.peers.serve_groups:  # or the broker keeps its share of the group's questions for us
+            self.session.unsubscribe(topics.shared_questions(group))
         if self._server:
             self._server.stop()
         self._drain.stop()
-        self._voice.stop()
+        self._voice.stop(sleeping_until=sleeping_until)
         self.session.stop()
 
     def report(self, session: Executes, kind: str, figures: Mapping[str, float], detail: Mapping[str, str]) -> None:
@@ -119,14 +152,26 @@ class Messaging:
         self._voice.announce()
 
     def sweep(self) -> None:
-        """Decide and forget questions whose time is up."""
+        """Decide and forget questions whose time is up, this node's own and those it handed on."""
         if self.asker:
             self.asker.sweep()
+        if self._server:
+            self._server.sweep()
 
     @property
     def connected(self) -> bool:
         """Whether the broker has us."""
         return self.session.connected
+
+    @property
+    def open_questions(self) -> int:
+        """Questions to peers without an outcome."""
+        return self.asker.open if self.asker else 0
+
+    @property
+    def to_answer(self) -> int:
+        """Questions of others that wait here."""
+        return self._server.waiting if self._server else 0
 
     def waiting(self) -> int:
         """Messages in the outbox."""
@@ -136,9 +181,56 @@ class Messaging:
         """For GET /v1/status."""
         return {
             "host": self.host, "port": self.port, "connected": self.connected, "problem": self.session.problem, "outbox": self.waiting(),
-            "open_questions": self.asker.open if self.asker else 0, "to_answer": self._server.waiting if self._server else 0,
+            "held": self._drain.held, "set_aside": len(self.outbox.set_aside()),
+            "open_questions": self.open_questions, "to_answer": self.to_answer, "peers": self.asker.status() if self.asker else [],
         }  # fmt: skip
+
+    def _say(self) -> Status:
+        """The node's word about itself, with what others choose their peers by."""
+        speaker, serving, me = self._worker.speaker, self._server, self._me()
+        return msgspec.structs.replace(
+            self._describe(), model_digest=me.model_digest, adapter_digest=me.adapter_digest, parameters=me.parameters,
+            task=speaker.task if speaker else "", serves=serving is not None, groups=self._settings.peers.serve_groups,
+            queue=self._worker.waiting + self.to_answer, answer_s=round(serving.answer_s, 3) if serving else 0.0,
+            link=self._settings.link.class_,
+        )  # fmt: skip
+
+    def _me(self) -> Me:
+        speaker = self._worker.speaker
+        if speaker is None:
+            return Me()
+        engine = speaker.engine
+        return Me(engine.model_digest, engine.adapter_digest, engine.parameters)
+
+    def _listen_to(self, peer: str) -> None:
+        self.session.subscribe(topics.status(peer), self._presence.hear)
+        self.session.subscribe(topics.alive(peer), self._presence.hear_alive)
+
+    def _hand_on(self, session: Executes, question: Question) -> bool:
+        """Put a question of another node to this node's own peers; not one that is open here already under that id."""
+        if self.asker is None or self.asker.knows(session, question.id):
+            return False
+        self.asker.ask(session, question)
+        return True
+
+    def _or_relay(self, apply: Callable[[Reply], str]) -> Callable[[Reply], str]:
+        def outcome(reply: Reply) -> str:
+            serving = self._server
+            return serving.relay(reply) if serving and serving.handed(reply.question) else apply(reply)
+
+        return outcome
+
+    def _or_own(self, unanswered: Callable[[str], None]) -> Callable[[str], None]:
+        def outcome(question: str) -> None:
+            serving = self._server
+            return serving.unanswered(question) if serving and serving.handed(question) else unanswered(question)
+
+        return outcome
 
     def _keep(self, message: Incoming, reason: str) -> None:
         """A message no handler could take is kept with the reason."""
         self._store.refuse(message.payload.decode("utf-8", "replace"), reason=reason, origin=message.topic, now=self._clock())
+
+    def _distrust(self, reply: Reply, reason: str) -> None:
+        """A reply that is not believed is kept with the reason."""
+        self._store.refuse(reply.text, reason=reason, origin=f"peer:{reply.peer}", now=self._clock())

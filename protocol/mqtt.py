@@ -9,21 +9,29 @@ Rules, each learned from a measured trap of paho 2.2 or mosquitto 2.0:
    The broker sends at most RECEIVE_LIMIT unacknowledged ones, which bounds the queue between the two threads.
  * A handler that raises does not stop anything: the message is handed to `on_parked` with the reason, and acknowledged.
  * A packet larger than the broker's limit (told in CONNACK) is refused here: sent, it would cost the connection, again and again.
+ * A connection on which a publication waits SILENCE_LIMIT_S and nothing at all is heard is dead, whatever TCP believes; we end it.
+   What was in flight then fails with `Unavailable`: only an end by the other side (`ConnectionLost`) can be a message's own fault.
+ * Bytes are counted at the TCP stream, TLS and retransmissions included, as the kernel counts them; where the day's bytes are spent
+   (`meter`) the session says goodbye and stays away until there are new ones.
 
 Threads: the network thread owns the socket and only moves packets; the dispatcher runs every handler, one at a time, in order.
-Filters of one session should not overlap: the broker delivers once per matching filter.
+Filters of one session should not overlap: the broker delivers once per matching filter. "$share/GROUP/FILTER" shares FILTER with the
+group's other sessions; leave it (`unsubscribe`) before a planned absence, or the broker keeps a part of the group's messages for us.
 """
 
 import logging
 import queue
 import random
+import socket
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import msgspec
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage, topic_matches_sub
@@ -32,7 +40,9 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from protocol.codec import CONTENT_TYPE
 from protocol.errors import BadInput, ConnectionLost, TooLarge, Unavailable
+from protocol.links import CONNECT_BYTES, Verdict
 
 PACKET_LIMIT = 256 * 1024  # bytes; what our broker takes, and the limit where a broker names none
 IN_FLIGHT_LIMIT = 20  # publications without a PUBACK; paho's own limit, and mosquitto's default
@@ -41,9 +51,12 @@ SESSION_EXPIRY_S = 30 * 86_400  # the broker keeps our queue for a month of abse
 CONNECT_DEADLINE_S = 5.0  # TCP and TLS
 CONNACK_DEADLINE_S = 10.0  # a refused client certificate under TLS 1.3 looks like a broker that never answers
 PUBACK_DEADLINE_S = 10.0
+SILENCE_LIMIT_S = 30.0  # without one byte from the broker while a publication waits for its PUBACK
 STEADY_S = 10.0  # a connection that lasted this long resets the backoff
+LOOP_S = 1.0  # between two looks at deadlines; traffic wakes the loop at once
+SPENT_LOOK_S = 30.0  # between two looks whether there are bytes again
 EXPIRY_LIMIT_S = 0xFFFF_FFFE  # MQTT 5: 32 bits, the last value means "never"
-CONTENT_TYPE = "application/json"
+TCP_SENT, TCP_HEARD, TCP_SEGMENTS = (200, "=Q"), (128, "=Q"), (136, "=II")  # offset and form in Linux's struct tcp_info (since 4.19)
 
 log = logging.getLogger(__name__)
 
@@ -71,16 +84,36 @@ class _Delivery(msgspec.Struct, frozen=True):
     qos: int
 
 
+class Counts(Protocol):
+    """What a session needs of `protocol.meter.Meter`."""
+
+    def spend(self, up: int, down: int, packets: int = 0) -> None:
+        """Account for bytes of the stream."""
+
+    def may_connect(self) -> Verdict:
+        """Whether a connection is worth opening, or keeping."""
+
+
+class _Moved(NamedTuple):
+    """What a connection has moved so far."""
+
+    up: int = 0
+    down: int = 0
+    packets: int = 0
+
+
 class Session:
     """A durable session under one client id.
 
     Args:
         client_id: one process at a time; the broker ends the older of two.
-        will: topic and payload the broker publishes, retained, when we vanish without a word.
+        will: makes topic and payload that the broker publishes, retained, when we vanish without a word; told the connection's number.
         will_delay: seconds the broker waits before it does, so that a short gap does not look like a death.
         ca_file, cert_file, key_file: TLS when the first is given; the other two for a client certificate.
         session_expiry: seconds the broker keeps our subscriptions and queue while we are away.
         backoff_base, backoff_cap: seconds; the wait before attempt n is uniform in [0, min(cap, base * 2^n)].
+        keepalive: seconds without a packet until a ping; the broker calls us dead after one and a half times that.
+        meter: told of every byte; says whether there are more to spend. Needs Linux to count.
         on_parked: told of every message no handler could take, with the reason. Called in the dispatcher.
     """
 
@@ -92,7 +125,7 @@ class Session:
         *,
         username: str = "",
         password: str = "",
-        will: tuple[str, bytes] | None = None,
+        will: Callable[[int], tuple[str, bytes]] | None = None,
         will_delay: int = 0,
         ca_file: Path | None = None,
         cert_file: Path | None = None,
@@ -101,6 +134,7 @@ class Session:
         keepalive: int = 60,
         backoff_base: float = 0.5,
         backoff_cap: float = 60.0,
+        meter: Counts | None = None,
         on_parked: Callable[[Incoming, str], None] | None = None,
         rng: random.Random | None = None,
     ) -> None:
@@ -110,13 +144,15 @@ class Session:
         self._ca, self._cert, self._key = ca_file, cert_file, key_file
         self._session_expiry, self._keepalive = session_expiry, keepalive
         self._backoff_base, self._backoff_cap = backoff_base, backoff_cap
-        self._on_parked = on_parked
+        self._on_parked, self._meter = on_parked, meter
+        self._moved = _Moved()  # by this connection, as far as the meter knows
+        self._heard = 0.0  # monotonic seconds; when the broker last said anything
         self._rng = rng or random.Random()
         self._handlers: list[tuple[str, Handler]] = []
         self._listeners: list[Callable[[bool], None]] = []
         self._subscribed: set[str] = set()  # filters the broker granted to this process' session
         self._asked: dict[int, str] = {}  # packet id of a SUBSCRIBE -> filter
-        self._waiting: dict[int, Future[None]] = {}  # packet id of a PUBLISH -> its end
+        self._waiting: dict[int, tuple[Future[None], float]] = {}  # packet id of a PUBLISH -> its end; when it left, monotonic seconds
         self._early: dict[int, ReasonCode] = {}  # PUBACKs that overtook the bookkeeping
         self._lock = threading.Lock()  # guards the four above, the client and the listeners; never held while calling into paho
         self._in_flight = threading.BoundedSemaphore(IN_FLIGHT_LIMIT)
@@ -129,6 +165,7 @@ class Session:
         self._network: threading.Thread | None = None
         self._dispatcher: threading.Thread | None = None
         self._end = ""  # why the current connection ended, in the broker's words
+        self._ended_here = False  # by us, not by the broker
         self.problem = "not started"  # for the operator; empty while connected
         self.maximum_packet = PACKET_LIMIT  # bytes; smaller when the last CONNACK said so
         self.connects = 0
@@ -140,6 +177,14 @@ class Session:
             self._handlers.append((topic_filter, handler))
         if self._up.is_set():
             self._ask_for(topic_filter)
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        """Ask for no more of what matches, for as long as this connection lasts; what is under way is still handled."""
+        with self._lock:
+            self._subscribed.discard(topic_filter)
+        client = self._client
+        if client is not None and self._up.is_set():
+            client.unsubscribe(topic_filter)
 
     def on_connected(self, listener: Callable[[bool], None]) -> None:
         """Have `listener(session_present)` called in the dispatcher after every CONNACK: the place for a birth."""
@@ -178,6 +223,11 @@ class Session:
         return self._up.is_set() and not self.broken
 
     @property
+    def connection(self) -> int:
+        """Number of the connection, from 1; it counts attempts as well."""
+        return self._connection
+
+    @property
     def broken(self) -> bool:
         """Whether a thread that should run does not; for a watchdog. Being offline is not broken."""
         threads = (self._network, self._dispatcher)
@@ -197,11 +247,13 @@ class Session:
         correlation: bytes | None = None,
         expiry: int | None = None,
         timeout: float = PUBACK_DEADLINE_S,
+        content_type: str = CONTENT_TYPE,
     ) -> None:
         """Hand a message to the broker, QoS 1, and wait for its PUBACK: the broker has it, nobody else need have.
 
         Args:
             expiry: seconds after which the broker throws the message away undelivered.
+            content_type: "" says none, which saves its bytes.
             timeout: seconds, for a free place in flight and for the PUBACK.
 
         Raises:
@@ -211,8 +263,9 @@ class Session:
         """
         deadline = time.monotonic() + timeout
         handed = self.send(
-            topic, payload, retain=retain, response_topic=response_topic, correlation=correlation, expiry=expiry, timeout=timeout
-        )
+            topic, payload, retain=retain, response_topic=response_topic, correlation=correlation, expiry=expiry, timeout=timeout,
+            content_type=content_type,
+        )  # fmt: skip
         try:
             handed.result(max(0.0, deadline - time.monotonic()))
         except FutureTimeout as error:
@@ -228,6 +281,7 @@ class Session:
         correlation: bytes | None = None,
         expiry: int | None = None,
         timeout: float = PUBACK_DEADLINE_S,
+        content_type: str = CONTENT_TYPE,
     ) -> "Future[None]":
         """As `publish`, without the wait for the PUBACK: the future ends with None or with one of `publish`'s errors.
 
@@ -236,7 +290,7 @@ class Session:
         """
         properties, length = _properties(
             PacketTypes.PUBLISH,
-            ContentType=CONTENT_TYPE,
+            ContentType=content_type or None,
             ResponseTopic=response_topic or None,
             CorrelationData=correlation or None,
             MessageExpiryInterval=None if expiry is None else max(1, min(EXPIRY_LIMIT_S, expiry)),
@@ -264,7 +318,7 @@ class Session:
             lost = self._client is not client  # it ended meanwhile and its futures were failed without this one
             early = self._early.pop(info.mid, None) if not lost else None
             if early is None and not lost:
-                self._waiting[info.mid] = handed
+                self._waiting[info.mid] = handed, time.monotonic()
         if lost:
             handed.set_exception(ConnectionLost(f"the connection to {self.host}:{self.port} ended"))
         elif early is not None:
@@ -274,55 +328,105 @@ class Session:
     # ---- network thread
 
     def _run(self) -> None:
-        attempt = 0
+        failed = short = 0  # attempts in a row that brought no connection; connections in a row that did not last
         while not self._stopping.is_set():
-            began = time.monotonic()
+            if not self._may_connect():
+                self._stopping.wait(SPENT_LOOK_S)
+                continue
+            began, connects = time.monotonic(), self.connects
             try:
                 self._connect_and_serve()
-            except (OSError, ValueError, ssl.SSLError) as error:
+            except (OSError, ValueError) as error:
+                if isinstance(error, ssl.SSLError) and self._meter is not None:
+                    self._meter.spend(0, CONNECT_BYTES)  # the socket is gone with its count, and a handshake that fails costs as well
                 self.problem = f"cannot reach {self.host}:{self.port}: {error}"
             except Exception as error:
                 self.problem = f"the connection failed: {error!r}"
                 log.exception("%s: the connection failed", self.client_id)
             finally:
                 self._fail_all_in_flight()
-            attempt = 0 if time.monotonic() - began > STEADY_S else attempt + 1
-            wait = self._rng.uniform(0.0, min(self._backoff_cap, self._backoff_base * 2.0 ** min(attempt, 30)))
+            if self.connects == connects:
+                failed += 1
+            else:  # however long it was away, the broker is back: what ends this connection at once is not its absence
+                failed, short = 0, 0 if time.monotonic() - began > STEADY_S else short + 1
+            wait = self._rng.uniform(0.0, min(self._backoff_cap, self._backoff_base * 2.0 ** min(failed or short, 30)))
             if not self._stopping.is_set():
                 log.info("%s: %s; next attempt in %.1f s", self.client_id, self.problem, wait)
             self._stopping.wait(wait)
 
+    def _may_connect(self) -> bool:
+        verdict = self._meter.may_connect() if self._meter is not None else Verdict(True)
+        if not verdict.ok:
+            self.problem = f"away until there are bytes again: {verdict.reason}"
+        return verdict.ok
+
     def _connect_and_serve(self) -> None:
-        client = self._new_client()
-        properties, _ = _properties(PacketTypes.CONNECT, SessionExpiryInterval=self._session_expiry, ReceiveMaximum=RECEIVE_LIMIT)
+        client = self._new_client(self._connection + 1)
+        properties, _ = _properties(
+            PacketTypes.CONNECT, SessionExpiryInterval=self._session_expiry, ReceiveMaximum=RECEIVE_LIMIT, MaximumPacketSize=PACKET_LIMIT,
+        )  # fmt: skip
         with self._lock:
             self._connection += 1
             self._client = client
-            self._end = ""
+            self._end, self._ended_here = "", False
+        self._moved, self._heard = _Moved(), time.monotonic()
         try:
             client.connect(self.host, self.port, keepalive=self._keepalive, clean_start=False, properties=properties)
             deadline = time.monotonic() + CONNACK_DEADLINE_S
             while True:
-                if client.loop(timeout=0.5) != MQTTErrorCode.MQTT_ERR_SUCCESS or client.socket() is None:
+                if client.loop(timeout=LOOP_S) != MQTTErrorCode.MQTT_ERR_SUCCESS or client.socket() is None:
                     self.problem = self._end or f"{self.host}:{self.port} closed the connection"
                     return
+                self._count(client.socket())
                 if self._stopping.is_set():
                     if not self._up.is_set() or time.monotonic() > deadline:
                         return
                     deadline = min(deadline, time.monotonic() + 1.0)  # for the DISCONNECT to leave
                 elif self._end:  # we want out: the queue of deliveries is full
-                    self.problem = self._end
+                    self.problem, self._ended_here = self._end, True
                     return
                 elif not self._up.is_set() and time.monotonic() > deadline:
                     self.problem = f"{self.host}:{self.port} took the connection but sent no CONNACK within {CONNACK_DEADLINE_S:g} s"
+                    return
+                elif self._silent():
+                    self.problem = f"{self.host}:{self.port} said nothing for {SILENCE_LIMIT_S:g} s while publications waited"
+                    self._ended_here = True
+                    return
+                elif self._up.is_set() and not self._may_connect():
+                    self._ended_here = True
+                    client.disconnect()
+                    client.loop(timeout=LOOP_S)
                     return
         finally:
             self._up.clear()
             sock = client.socket()
             if sock is not None:
+                self._count(sock)
                 sock.close()
 
-    def _new_client(self) -> Client:
+    def _silent(self) -> bool:
+        """Whether the connection is dead although TCP does not know it."""
+        with self._lock:
+            oldest = min((left for _, left in self._waiting.values()), default=None)
+        return oldest is not None and time.monotonic() - max(oldest, self._heard) > SILENCE_LIMIT_S
+
+    def _count(self, sock: object) -> None:
+        """Tell the meter what this connection has moved since the last time, as the kernel counts it."""
+        if not isinstance(sock, socket.socket) or not hasattr(socket, "TCP_INFO"):
+            return
+        try:
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        except OSError:
+            return  # closed already; it was counted a moment ago
+        (sent,), (heard,), (out, back) = (struct.unpack_from(form, info, at) for at, form in (TCP_SENT, TCP_HEARD, TCP_SEGMENTS))
+        now, before = _Moved(sent, heard, out + back), self._moved
+        self._moved = now
+        if now.down > before.down:
+            self._heard = time.monotonic()
+        if self._meter is not None and now != before:
+            self._meter.spend(now.up - before.up, now.down - before.down, now.packets - before.packets)
+
+    def _new_client(self, connection: int) -> Client:
         client = Client(
             CallbackAPIVersion.VERSION2,
             client_id=self.client_id,
@@ -342,7 +446,7 @@ class Session:
                 keyfile=str(self._key) if self._key else None,
             )
         if self._will is not None:
-            topic, payload = self._will
+            topic, payload = self._will(connection)
             properties, _ = _properties(PacketTypes.WILLMESSAGE, WillDelayInterval=self._will_delay)
             client.will_set(topic, payload, qos=1, retain=True, properties=properties)
         client.on_connect = self._connacked
@@ -351,6 +455,7 @@ class Session:
         client.on_subscribe = self._subacked
         client.on_message = self._delivered
         client.on_socket_register_write = _leave_writing_to_the_loop
+        client.on_socket_close = lambda client, userdata, sock: self._count(sock)
         return client
 
     # Callbacks of paho, all in the network thread. An exception in one would end the loop, so they only move values.
@@ -383,7 +488,7 @@ class Session:
 
     def _pubacked(self, client: Client, userdata: object, packet: int, reason: ReasonCode, properties: Properties | None) -> None:
         with self._lock:
-            handed = self._waiting.pop(packet, None)
+            handed, _ = self._waiting.pop(packet, (None, 0.0))
             if handed is None:
                 self._early[packet] = reason
         if handed is not None:
@@ -435,13 +540,14 @@ class Session:
 
     def _fail_all_in_flight(self) -> None:
         with self._lock:
-            lost = list(self._waiting.values())
+            lost = [handed for handed, _ in self._waiting.values()]
             self._waiting.clear()
             self._early.clear()
             self._asked.clear()
             self._client = None
+        kind = Unavailable if self._ended_here or self._stopping.is_set() else ConnectionLost
         for handed in lost:
-            handed.set_exception(ConnectionLost(f"the connection ended before the acknowledgement: {self.problem}"))
+            handed.set_exception(kind(f"the connection ended before the acknowledgement: {self.problem}"))
 
     # ---- dispatcher thread
 
@@ -477,7 +583,7 @@ class Session:
 
     def _handle(self, message: Incoming) -> None:
         with self._lock:
-            handlers = [handler for topic_filter, handler in self._handlers if topic_matches_sub(topic_filter, message.topic)]
+            handlers = [handler for topic_filter, handler in self._handlers if topic_matches_sub(_unshared(topic_filter), message.topic)]
         if not handlers:  # a filter an earlier process subscribed to under this client id
             self._park(message, "nobody here listens to this topic")
         for handler in handlers:
@@ -503,6 +609,11 @@ def _properties(packet: int, **values: object) -> tuple[Properties, int]:
         if value is not None:
             setattr(properties, name, value)
     return properties, len(properties.pack())  # type: ignore[no-untyped-call]
+
+
+def _unshared(topic_filter: str) -> str:
+    """The filter itself, without "$share/GROUP/"."""
+    return topic_filter.split("/", 2)[2] if topic_filter.startswith("$share/") else topic_filter
 
 
 def _leave_writing_to_the_loop(client: Client, userdata: object, sock: object) -> None:

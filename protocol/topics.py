@@ -2,6 +2,7 @@
 
 milpa/v1/release                        ReleaseNotice   coordinator -> all          retained
 milpa/v1/node/NODE/status               Status          node -> coordinator, all    retained, will
+milpa/v1/node/NODE/alive                Alive frame     node -> coordinator, all    (`frames.py`)
 milpa/v1/node/NODE/event                Event           node -> coordinator
 milpa/v1/node/NODE/ack                  Ack             coordinator -> node
 milpa/v1/peer/PEER/question/ASKER       Question        node -> peer                response topic, correlation data, expiry
@@ -13,12 +14,18 @@ from protocol.names import checked_name
 
 RELEASE = "milpa/v1/release"
 ALL_STATUS = "milpa/v1/node/+/status"
+ALL_ALIVE = "milpa/v1/node/+/alive"
 ALL_EVENTS = "milpa/v1/node/+/event"
 
 
 def status(node: str) -> str:
     """A node's status."""
     return f"milpa/v1/node/{checked_name(node)}/status"
+
+
+def alive(node: str) -> str:
+    """A node's heartbeat between two statuses."""
+    return f"milpa/v1/node/{checked_name(node)}/alive"
 
 
 def event(node: str) -> str:

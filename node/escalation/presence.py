@@ -1,8 +1,11 @@
-"""Who is there: a node's word about itself, and what it hears of the others. Nothing waits for presence: it only orders whom to ask first.
+"""Who is there: a node's word about itself, and what it hears of the others. No answer waits for presence: it says whom to ask, and when.
 
-* Birth at every connection, a heartbeat now and then, a word at every change of state; all retained, so a newcomer knows at once.
-* The broker speaks our death ("lost", the will). It carries the boot it belongs to: a death that comes after the next birth is ignored.
-* A planned absence is "sleeping" with a time, or "stopped": no alarm for a panel at night.
+* Birth at every connection and a word at every change of state; both retained, so a newcomer knows at once. Between them a heartbeat: an
+  "alive" frame of 20 bytes with the counts (`protocol/frames.py`), for the status itself costs ten times as much and says nothing new.
+* The broker speaks our death ("lost", the will). It carries boot and connection it belongs to: one that comes late changes nothing.
+* A planned absence is "sleeping" with a time, or "stopped": no alarm for a panel at night, and a death after it says nothing new.
+  How long a sleep still lasts is the broker's to say: the word expires KEPT_S after it, and MQTT 5 tells every reader what is left.
+* What a node announced as its model is what its replies are held to (`Presence.announced`).
 """
 
 import logging
@@ -10,11 +13,12 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
-from protocol import topics
+from protocol import frames, topics
 from protocol.codec import decode_message, encode
 from protocol.errors import MalformedMessage, MilpaError
 from protocol.messages import State, Status
@@ -23,6 +27,11 @@ from protocol.mqtt import Incoming, Session
 SILENT_S = 1_000.0  # seconds without a word; three heartbeats of five minutes and a little
 GOODBYE_S = 2.0  # seconds for the last word
 ROUGHLY = 0.1  # heartbeats come up to a tenth early, so that nodes that booted together drift apart
+KEPT_S = 30 * 86_400  # seconds the broker keeps a sleeper's last word after the time it wanted to wake
+NODES_LIMIT = 1_000  # nodes whose words are kept; the one not heard of for longest goes
+MODELS_LIMIT = 4  # models of a node that its replies may name: a reply may have left before the last exchange
+
+Spoken = tuple[str, str]  # digests of model and adapter
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +41,9 @@ def new_boot() -> str:
     return uuid.uuid4().hex[:16]
 
 
-def will(node: str, boot: str, *, role: str = "student") -> tuple[str, bytes]:
-    """What the broker shall say when we vanish: topic and payload, for `mqtt.Session(will=...)`."""
-    return topics.status(node), encode(Status(node=node, boot=boot, sequence=0, state="lost", role=role))
+def will(node: str, boot: str, connection: int, *, role: str = "student") -> tuple[str, bytes]:
+    """What the broker shall say when this connection breaks: topic and payload, for `mqtt.Session(will=...)`."""
+    return topics.status(node), encode(Status(node=node, boot=boot, sequence=0, state="lost", connection=connection, role=role))
 
 
 class Voice:
@@ -60,6 +69,7 @@ class Voice:
         self.heartbeat, self.clock, self._rng = heartbeat, clock, rng or random.Random()
         self._sequence = 0
         self._saying = threading.Lock()  # numbers leave in order
+        self._told: Status | None = None  # the last status the broker took
         self._soon = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -74,38 +84,65 @@ class Voice:
         """Say it soon, from the heartbeat's thread; for births and changes of state. Any thread may call it."""
         self._soon.set()
 
-    def stop(self, state: State = "stopped", *, sleeping_until: int = 0) -> None:
-        """Say goodbye, within a deadline, and end the heartbeat. Stop the session after it: a clean end keeps the will unsaid."""
+    def stop(self, *, sleeping_until: int = 0) -> None:
+        """Say goodbye, within a deadline, and end the heartbeat. Stop the session after it: a clean end keeps the will unsaid.
+
+        Args:
+            sleeping_until: seconds since 1970, when this node means to be back; 0: nobody knows.
+        """
         self._stopping.set()
         self._soon.set()
         if self._thread is not None:
             self._thread.join(GOODBYE_S)
         if self.session.connected:
             try:
+                state: State = "sleeping" if sleeping_until else "stopped"
                 self._say(msgspec.structs.replace(self.describe(), state=state, sleeping_until=sleeping_until), timeout=GOODBYE_S)
             except Exception:  # a locked database must not keep the node from stopping
                 log.exception("presence: could not describe this node")
 
     def _run(self) -> None:
         while True:
-            self._soon.wait(self.heartbeat * (1.0 - ROUGHLY * self._rng.random()))
+            news = self._soon.wait(self.heartbeat * (1.0 - ROUGHLY * self._rng.random()))
             self._soon.clear()
             if self._stopping.is_set():
                 return
             if self.session.connected:
                 try:
-                    self._say(self.describe(), timeout=GOODBYE_S)
+                    self._say(self.describe(), timeout=GOODBYE_S, news=news)
                 except Exception:  # a locked database must not end the heartbeat
                     log.exception("presence: could not describe this node")
 
-    def _say(self, status: Status, *, timeout: float) -> None:
+    def _say(self, status: Status, *, timeout: float, news: bool = True) -> None:
         with self._saying:
             self._sequence += 1
-            word = msgspec.structs.replace(status, node=self.node, boot=self.boot, sequence=self._sequence, at=max(0, int(self.clock())))
-            try:
-                self.session.publish(topics.status(self.node), encode(word), retain=True, timeout=timeout)
-            except MilpaError as error:  # the next connection brings the next birth
-                log.info("presence: %s", error)
+            now = max(0, int(self.clock()))
+            word = msgspec.structs.replace(
+                status, node=self.node, boot=self.boot, sequence=self._sequence, connection=self.session.connection, at=now
+            )  # fmt: skip
+            if not news and self._told is not None and same_but_counts(self._told, word):
+                self._publish(topics.alive(self.node), frames.encode(frames.alive(word)), timeout=timeout, content_type="")
+                return
+            expiry = KEPT_S + max(0, word.sleeping_until - now) if word.state == "sleeping" else None
+            if self._publish(topics.status(self.node), encode(word), retain=True, expiry=expiry, timeout=timeout):
+                self._told = word
+
+    def _publish(self, topic: str, payload: bytes, **options: Any) -> bool:
+        try:
+            self.session.publish(topic, payload, **options)
+        except MilpaError as error:  # the next connection brings the next birth
+            log.info("presence: %s", error)
+            return False
+        return True
+
+
+class _Heard(msgspec.Struct):
+    """What is known of one node. Times are monotonic seconds."""
+
+    last: Status
+    at: float  # when its last word came
+    wakes: float = 0.0  # when it means to be back
+    models: tuple[Spoken, ...] = ()  # announced, newest first
 
 
 class Presence:
@@ -113,7 +150,7 @@ class Presence:
 
     def __init__(self, *, silent: float = SILENT_S, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.silent, self._monotonic = silent, monotonic
-        self._heard: dict[str, tuple[Status, float]] = {}  # node -> its last word, when it came (monotonic seconds)
+        self._heard: dict[str, _Heard] = {}
         self._lock = threading.Lock()
 
     def hear(self, message: Incoming) -> None:
@@ -127,36 +164,89 @@ class Presence:
         status = decode_message(message.payload)
         if not isinstance(status, Status) or topics.status(status.node) != message.topic:
             raise MalformedMessage(f"{message.topic} carries something other than that node's status")
-        self.note(status)
+        asleep = status.sleeping_until - status.at if message.expiry is None else message.expiry - KEPT_S
+        self.note(status, asleep_s=max(0, asleep))
 
-    def note(self, status: Status) -> bool:
-        """Take a word in. False: it is older than what is known (a late death of an earlier boot, a lower number of the same)."""
+    def hear_alive(self, message: Incoming) -> None:
+        """Handle one message of ALL_ALIVE: the node's last status with new counts. Before any status of that boot it says nothing.
+
+        Raises:
+            MalformedMessage: not an alive frame.
+        """
+        node, said = frames.heard_alive(message.topic, message.payload)
+        last = self.last(node)
+        status = frames.woken(last, said, at=last.at) if last else None
+        if status is not None:
+            self.note(status)
+
+    def note(self, status: Status, *, asleep_s: float = 0.0) -> bool:
+        """Take a word in. False: it changes nothing (see `follows`).
+
+        Args:
+            asleep_s: seconds until a sleeping node means to be back, by the broker's count.
+        """
+        now = self._monotonic()
         with self._lock:
-            known = self._heard.get(status.node)
-            if known is not None:
-                last = known[0]
-                other_boot = status.boot != last.boot
-                if other_boot and status.state == "lost":
-                    return False
-                if not other_boot and status.state != "lost" and status.sequence <= last.sequence:
-                    return False
-                if not other_boot and status.state == "lost":  # it carries the number of the connection's start
-                    status = msgspec.structs.replace(status, sequence=last.sequence)
-            self._heard[status.node] = (status, self._monotonic())
+            known = self._heard.pop(status.node, None)
+            if known is not None and not follows(known.last, status):
+                self._heard[status.node] = known
+                return False
+            if known is not None and status.state == "lost":  # it carries nothing but where it belongs: what the node last said stays
+                status = msgspec.structs.replace(known.last, state="lost")
+            models = known.models if known else ()
+            if status.model_digest:
+                spoken = (status.model_digest, status.adapter_digest)
+                models = (spoken, *(one for one in models if one != spoken))[:MODELS_LIMIT]
+            self._heard[status.node] = _Heard(status, now, now + asleep_s if status.state == "sleeping" else 0.0, models)
+            while len(self._heard) > NODES_LIMIT:  # in order of their last words
+                del self._heard[next(iter(self._heard))]
             return True
 
     def last(self, node: str) -> Status | None:
         """The node's last word."""
         with self._lock:
             known = self._heard.get(node)
-        return known[0] if known else None
+        return known.last if known else None
 
     def likely(self, node: str) -> bool:
         """Whether the node would probably answer now."""
         with self._lock:
             known = self._heard.get(node)
-        return known is not None and known[0].state in ("answering", "updating") and self._monotonic() - known[1] < self.silent
+        return known is not None and known.last.state in ("answering", "updating") and self._monotonic() - known.at < self.silent
 
-    def order(self, peers: Sequence[str]) -> list[str]:
-        """The peers to ask, the likely ones first, otherwise as configured. None is left out: a question waits at the broker."""
-        return sorted(peers, key=lambda peer: not self.likely(peer))
+    def asleep_s(self, node: str) -> float:
+        """Seconds until a sleeping node means to be back; 0 when it is not asleep, or overdue."""
+        with self._lock:
+            known = self._heard.get(node)
+        return max(0.0, known.wakes - self._monotonic()) if known else 0.0
+
+    def announced(self, node: str) -> tuple[Spoken, ...]:
+        """Digests of model and adapter the node said it speaks with, newest first; empty when it was never heard."""
+        with self._lock:
+            known = self._heard.get(node)
+        return known.models if known else ()
+
+    def members(self, group: str) -> list[str]:
+        """The nodes that say they serve a group's questions."""
+        with self._lock:
+            return sorted(name for name, known in self._heard.items() if group in known.last.groups and known.last.serves)
+
+
+def same_but_counts(told: Status, word: Status) -> bool:
+    """Whether `word` says nothing that an alive frame does not say as well. An answer's seconds count when they have doubled or halved."""
+    woken = frames.woken(told, frames.alive(word), at=word.at)
+    steady = 0.5 * told.answer_s <= word.answer_s <= 2.0 * told.answer_s
+    return steady and woken == msgspec.structs.replace(word, answer_s=told.answer_s)
+
+
+def follows(last: Status, word: Status) -> bool:
+    """Whether a word of a node says something new after the last one taken in.
+
+    A death counts for its own boot and connection only: not after a later connection's birth, not after another boot's, and not after
+    the node has said goodbye itself. Any other word of the same boot must carry a higher number; a new boot begins anew.
+    """
+    if word.boot != last.boot:
+        return word.state != "lost"
+    if word.state == "lost":
+        return word.connection >= last.connection and last.state not in ("sleeping", "stopped", "lost")
+    return word.sequence > last.sequence

@@ -8,8 +8,8 @@ Rules:
  * How long a question is worth answering is told by the broker (message expiry), measured on this machine's clock from its arrival;
    the asker's own clock may be wrong. Past that it is dropped in silence: the asker has given it up.
  * The reply goes to the asker's own reply topic and nowhere else, whatever the question's response topic says.
- * Handing on: an answer this node is unsure of is kept, and the question goes to its own peers with a tenth of the time held back. What they
-   say is relayed, naming the speaker, if they are at least as sure; else, and when nobody helps in time, this node's own answer goes out.
+ * Handing on: an answer this node is unsure of is kept, and the question goes to its own peers with a tenth of the time held back.
+   What they say is relayed, naming the speaker, if they are at least as sure; else, and when nobody helps in time, its own answer goes.
    The names of those who asked stand in the question: nobody is asked twice, nobody hands on more than `hop_limit` times.
    Whoever brings the same question while it is out gets this node's own answer at once, so that two nodes never wait for each other.
 """
@@ -89,7 +89,7 @@ class Spoke(msgspec.Struct, frozen=True):
 
 
 Answer = Callable[[str, str, int, float], Spoke]  # task, prompt, max_new_tokens, deadline in seconds
-HandOn = Callable[[Executes, Question], None]  # puts it to this node's own peers, inside the transaction: `Asker.ask`
+HandOn = Callable[[Executes, Question], bool]  # puts it to this node's own peers, inside the transaction; False: it cannot
 
 
 def with_worker(worker: Worker, *, budget: float) -> Answer:
@@ -104,7 +104,7 @@ def with_worker(worker: Worker, *, budget: float) -> Answer:
         speaker, said = spoken.speaker, spoken.generation
         judgement = judge(features(said), calibration=speaker.calibration, threshold=None, budget=budget)
         sure = budget <= 0.0 or judgement.keep
-        return Spoke(said.text, judgement.confidence, speaker.engine.model_digest, said.seconds, speaker.engine.adapter_digest, sure)
+        return Spoke(said.text, judgement.confidence, speaker.model_digest, said.seconds, speaker.adapter_digest, sure)
 
     return answer
 
@@ -208,8 +208,9 @@ class Server:
 
     def handed(self, question: str) -> bool:
         """Whether a question of that id was handed on by this node, rather than asked by it."""
+        was = sa.select(served.c.position).where(served.c.question == question, served.c.hand_until > 0.0).limit(1)
         with self.engine.begin() as connection:
-            return connection.execute(sa.select(served.c.position).where(served.c.question == question).limit(1)).one_or_none() is not None
+            return connection.execute(was).one_or_none() is not None
 
     def relay(self, reply: Reply) -> str:
         """Pass on what this node's own peers say, or this node's answer if that is surer; as `Answering.apply`."""
@@ -288,12 +289,12 @@ class Server:
         """Put the question to this node's own peers, if it may travel on and there is time. False: it may not, or there is not."""
         now = self.clock()
         left = (row.until - now) * (1.0 - HELD_BACK)
-        askers = connection.scalars(sa.select(waiting_askers.c.asker).where(waiting_askers.c.position == row.position)).all()
-        path = tuple(dict.fromkeys((*question.path, question.asker, *askers)))
         if self.hand_on is None or len(question.path) >= self.hop_limit or left < HAND_ON_S:
             return False
-        expires = int(now + left)
-        self.hand_on(connection, msgspec.structs.replace(question, asker=self.node, confidence=own.confidence, expires=expires, path=path))
+        expires, path = int(now + left), (*question.path, question.asker)
+        further = msgspec.structs.replace(question, asker=self.node, confidence=own.confidence, expires=expires, path=path)
+        if not self.hand_on(connection, further):
+            return False
         values = {"own": encode(own), "hand_until": float(expires)}
         connection.execute(sa.update(served).where(served.c.position == row.position).values(**values))
         return True

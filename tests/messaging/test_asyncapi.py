@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from deploy.broker import PACKET_LIMIT
-from protocol import mqtt, topics
+from protocol import frames, mqtt, topics
 from protocol.codec import MESSAGE_LIMIT
 from protocol.messages import Message
 
@@ -17,9 +17,11 @@ KINDS = get_args(Message)
 TOPICS = {
     "release": topics.RELEASE,
     "status": topics.status("n"),
+    "alive": topics.alive("n"),
     "event": topics.event("n"),
     "ack": topics.ack("n"),
     "question": topics.question("p", "a"),
+    "groupQuestion": topics.group_question("g", "a"),
     "reply": topics.reply("a", "p"),
 }
 SAID_IN_PROSE = {"title", "description"}
@@ -29,7 +31,7 @@ def bare(schema):
     """A schema without its prose, alike however it was written."""
     if isinstance(schema, dict):
         return {key: bare(value) for key, value in schema.items() if not (key in SAID_IN_PROSE and isinstance(value, str))}
-    return sorted(schema) if isinstance(schema, list) else schema
+    return sorted(schema) if isinstance(schema, list | tuple) else schema
 
 
 def pointed_at(reference):
@@ -49,6 +51,7 @@ def references(node):
             yield from references(value)
 
 
+@pytest.mark.rule("message-2")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_a_message_has_the_same_fields_types_and_defaults_in_both(kind):
     _, components = msgspec.json.schema_components([kind])
@@ -57,14 +60,14 @@ def test_a_message_has_the_same_fields_types_and_defaults_in_both(kind):
 
 
 def test_there_are_no_other_messages():
-    names = {kind.__name__ for kind in KINDS}
+    names = {kind.__name__ for kind in KINDS} | {"AliveFrame"}
 
     assert set(DOCUMENT["components"]["schemas"]) == set(DOCUMENT["components"]["messages"]) == names
     assert {name for channel in DOCUMENT["channels"].values() for name in channel["messages"]} == names
 
 
 def test_every_topic_is_a_channel_and_every_channel_a_topic():
-    letters = {"{node}": "n", "{peer}": "p", "{asker}": "a"}
+    letters = {"{node}": "n", "{peer}": "p", "{asker}": "a", "{group}": "g"}
     addresses = {}
     for name, channel in DOCUMENT["channels"].items():
         address = channel["address"]
@@ -77,7 +80,8 @@ def test_every_topic_is_a_channel_and_every_channel_a_topic():
 
 
 def test_every_function_that_makes_a_topic_is_described():
-    filters = {topics.ALL_STATUS, topics.ALL_EVENTS, topics.questions_to("p"), topics.replies_to("a")}
+    filters = {topics.ALL_STATUS, topics.ALL_ALIVE, topics.ALL_EVENTS, topics.questions_to("p"), topics.replies_to("a")}
+    filters |= {topics.shared_questions("g").removeprefix("$share/g/")}
 
     for topic_filter in filters:
         assert any(mqtt.topic_matches_sub(topic_filter, topic) for topic in TOPICS.values()), topic_filter
@@ -87,6 +91,13 @@ def test_every_channel_has_an_operation_and_every_reference_leads_somewhere():
     assert {operation["channel"]["$ref"].split("/")[-1] for operation in DOCUMENT["operations"].values()} == set(DOCUMENT["channels"])
     for reference in references(DOCUMENT):
         assert pointed_at(reference) is not None
+
+
+@pytest.mark.rule("message-2")
+def test_the_heartbeats_size_is_the_frames():
+    frame = frames.encode(frames.Alive(b"boot", 1))
+
+    assert DOCUMENT["components"]["schemas"]["AliveFrame"]["minLength"] == len(frame)
 
 
 def test_the_figures_in_it_are_the_ones_in_the_code():

@@ -43,7 +43,9 @@ def test_every_topic_of_the_protocol_has_a_line_in_the_access_list():
     access = mosquitto_access()
 
     for topic in (
-        topics.status("n"), topics.event("n"), topics.ack("n"), topics.RELEASE, topics.question("n", "n"), topics.reply("n", "n"),
+        topics.status("n"), topics.alive("n"), topics.event("n"), topics.ack("n"),
+        topics.RELEASE, topics.question("n", "n"), topics.reply("n", "n"),
+        topics.group_question("n", "n"),
     ):  # fmt: skip
         patterns = [line.split()[2].replace("%u", "+") for line in access.splitlines() if line.startswith("pattern")]
         assert any(_matches(pattern, topic) for pattern in patterns), topic
@@ -157,11 +159,12 @@ def test_a_node_gets_only_what_is_its_own_whatever_it_subscribes_to(join, eventu
 
 
 @pytest.mark.broker
+@pytest.mark.rule("message-3")
 @pytest.mark.parametrize(
     "topic",
     [
         topics.status("esteli"), topics.event("esteli"), topics.ack("malacatoya"), topics.RELEASE,
-        topics.question("base", "esteli"), topics.reply("esteli", "base"),
+        topics.question("base", "esteli"), topics.reply("esteli", "base"), topics.group_question("hills", "esteli"),
     ],
 )  # fmt: skip
 def test_a_node_cannot_speak_for_another(join, topic):

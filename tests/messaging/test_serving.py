@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from node.engine.worker import Busy, NoModel
-from node.escalation.serving import HOP_LIMIT, Server, Spoke
+from node.escalation.serving import HELD_BACK, HOP_LIMIT, RETRY_S, Server, Spoke
 from protocol import topics
 from protocol.codec import encode
 from protocol.digests import digest_bytes
@@ -27,7 +27,7 @@ class Peer:
 
     def __init__(self, engine, **options):
         self.engine, self.clock, self.prompts = engine, Clock(), []
-        self.says = " leak: the pipe drips\nmore"
+        self.says, self.sure, self.handed = " leak: the pipe drips\nmore", True, []
         self.outbox = Outbox(engine, clock=self.clock)
         self.options = options
         self.make_server()
@@ -39,7 +39,11 @@ class Peer:
         self.prompts.append(prompt)
         if isinstance(self.says, Exception):
             raise self.says
-        return Spoke(self.says, 0.75, "d" * 64, 0.5)
+        return Spoke(self.says, 0.75, "d" * 64, 0.5, "a" * 64, self.sure)
+
+    def hand_on(self, session, question):
+        self.handed.append(question)
+        return True
 
     def hears(self, id="q1", *, asker="esteli", expiry=100, topic=None, prompt="window", **fields):
         question = Question(id, asker, fields.pop("task", "ranch"), prompt, 0.2, 17, **fields)
@@ -48,6 +52,11 @@ class Peer:
     @property
     def replies(self):
         return [(row.topic, msgspec.json.decode(row.payload, type=Reply)) for row in self.outbox.waiting()]
+
+    def told(self, text="normal: all is well", confidence=0.8, *, peer="teacher", question="q1", **fields):
+        """What this node's own peer says to the question it was handed."""
+        digest = digest_bytes(b"window")
+        return self.server.relay(Reply("up", question, digest, peer, "7" * 64, text, confidence, **fields))
 
     def reply_left(self):
         for row in self.outbox.waiting():
@@ -59,6 +68,15 @@ def peer(database):
     return Peer(database)
 
 
+@pytest.fixture
+def unsure(database):
+    """A peer that is not sure and has peers of its own."""
+    made = Peer(database)
+    made.server.hand_on, made.sure = made.hand_on, False
+    return made
+
+
+@pytest.mark.rule("serve-4", "reply-2")
 def test_a_question_is_answered_to_its_askers_topic_with_the_digest_of_its_prompt(peer):
     peer.hears()
     peer.server.step()
@@ -66,10 +84,12 @@ def test_a_question_is_answered_to_its_askers_topic_with_the_digest_of_its_promp
     [(topic, reply)] = peer.replies
     assert topic == topics.reply("esteli", "base")
     assert (reply.question, reply.question_digest, reply.peer) == ("q1", digest_bytes(b"window"), "base")
-    assert (reply.text, reply.confidence, reply.model_digest, reply.refused) == ("leak: the pipe drips", 0.75, "d" * 64, "")
+    assert (reply.text, reply.confidence, reply.refused) == ("leak: the pipe drips", 0.75, "")
+    assert (reply.model_digest, reply.adapter_digest, reply.speaker) == ("d" * 64, "a" * 64, "")
     assert peer.outbox.waiting()[0].correlation == b"q1"
 
 
+@pytest.mark.rule("serve-1")
 def test_a_question_that_comes_again_gets_the_same_reply_and_is_not_computed_twice(peer):
     peer.hears()
     peer.hears()
@@ -86,7 +106,20 @@ def test_a_question_that_comes_again_gets_the_same_reply_and_is_not_computed_twi
     assert [reply for _, reply in peer.replies] == [first]
 
 
-def test_the_same_id_from_another_asker_is_another_question(peer):
+@pytest.mark.rule("serve-1")
+def test_one_question_that_comes_by_two_ways_is_computed_once_and_both_are_answered(peer):
+    peer.hears(asker="base-a", path=("esteli",))
+    peer.hears(asker="base-b", path=("esteli",))
+    peer.server.step()
+    peer.hears(asker="base-c", path=("esteli",))
+
+    assert peer.server.step() is False
+    assert peer.prompts == ["window"]
+    assert [topic for topic, _ in peer.replies] == [topics.reply(asker, "base") for asker in ("base-a", "base-b", "base-c")]
+    assert len({reply.text for _, reply in peer.replies}) == 1
+
+
+def test_the_same_id_with_another_prompt_is_another_question(peer):
     peer.hears(asker="esteli", prompt="one")
     peer.hears(asker="malacatoya", prompt="two")
     peer.server.step()
@@ -95,6 +128,7 @@ def test_the_same_id_from_another_asker_is_another_question(peer):
     assert peer.prompts == ["one", "two"]
 
 
+@pytest.mark.rule("serve-2")
 def test_a_question_over_the_queues_limit_is_declined_as_busy_and_may_come_again(database):
     peer = Peer(database, queue_limit=2)
     for id in ("q1", "q2", "q3"):
@@ -111,11 +145,28 @@ def test_a_question_over_the_queues_limit_is_declined_as_busy_and_may_come_again
     assert {reply.question: reply.text for _, reply in peer.replies}["q3"] == "leak: the pipe drips"
 
 
+@pytest.mark.rule("serve-2")
+def test_a_busy_node_names_the_seconds_until_there_is_room_and_tells_the_fleet_once(database):
+    loads = []
+    peer = Peer(database, queue_limit=40, on_load=lambda: loads.append("changed"))
+    peer.server.answer_s = 2.0
+    for number in range(43):
+        peer.hears(f"q{number}")
+
+    assert {reply.retry_after for _, reply in peer.replies} == {20.0}
+    assert RETRY_S[0] <= 20.0 <= RETRY_S[1]
+    assert loads == ["changed"]
+    while peer.server.step():
+        pass
+    assert loads == ["changed", "changed"]
+
+
+@pytest.mark.rule("serve-2")
 def test_a_busy_model_is_asked_again_when_the_question_comes_again(peer):
-    peer.says = Busy("full")
+    peer.says = Busy("full", 7)
     peer.hears()
     peer.server.step()
-    assert [reply.refused for _, reply in peer.replies] == ["busy"]
+    assert [(reply.refused, reply.retry_after) for _, reply in peer.replies] == [("busy", 7.0)]
     peer.reply_left()
     peer.says = "normal: all well"
 
@@ -125,6 +176,7 @@ def test_a_busy_model_is_asked_again_when_the_question_comes_again(peer):
     assert [reply.text for _, reply in peer.replies] == ["normal: all well"]
 
 
+@pytest.mark.rule("serve-3")
 def test_a_question_past_its_life_is_dropped_in_silence(peer):
     peer.hears(expiry=10)
     peer.clock.now += 11
@@ -134,6 +186,7 @@ def test_a_question_past_its_life_is_dropped_in_silence(peer):
     assert (peer.prompts, peer.replies, peer.server.waiting) == ([], [], 0)
 
 
+@pytest.mark.rule("serve-3")
 def test_the_askers_clock_decides_nothing(peer):
     """`Question.expires` is 17 seconds after 1970 in every test here; what counts is the broker's remaining expiry."""
     peer.hears(expiry=100)
@@ -142,6 +195,7 @@ def test_the_askers_clock_decides_nothing(peer):
     assert peer.prompts == ["window"]
 
 
+@pytest.mark.rule("serve-5")
 def test_a_question_that_was_stored_before_a_kill_is_answered_after_it(peer):
     peer.hears()
     peer.make_server()
@@ -172,8 +226,15 @@ def test_a_model_that_breaks_on_one_question_declines_it_and_answers_the_next(pe
     assert replies["q2"].text == "normal: all well"
 
 
+@pytest.mark.rule("chain-2", "chain-3")
 @pytest.mark.parametrize(
-    ("fields", "reason"), [({"hops": HOP_LIMIT + 1}, "handed on 2 times"), ({"task": "chess"}, "unknown task 'chess'")]
+    ("fields", "reason"),
+    [
+        ({"path": tuple(f"n{i}" for i in range(HOP_LIMIT + 1))}, "handed on 3 times"),
+        ({"path": ("base",)}, "came by base before"),
+        ({"asker": "base"}, "came by base before"),
+        ({"task": "chess"}, "unknown task 'chess'"),
+    ],
 )
 def test_a_question_nobody_here_should_answer_is_declined_with_the_reason(peer, fields, reason):
     peer.hears(**fields)
@@ -183,8 +244,145 @@ def test_a_question_nobody_here_should_answer_is_declined_with_the_reason(peer, 
     assert peer.server.waiting == 0
 
 
+@pytest.mark.rule("message-3")
 def test_a_question_in_anothers_name_is_refused(peer):
     with pytest.raises(MalformedMessage):
         peer.hears(asker="esteli", topic=topics.question("base", "malacatoya"))
 
     assert peer.server.waiting == 0
+
+
+def test_a_question_to_a_group_is_taken_by_its_members_only(database):
+    member, stranger = Peer(database, groups=("hills",)), Peer(database)
+    topic = topics.group_question("hills", "esteli")
+
+    member.hears(topic=topic)
+    with pytest.raises(MalformedMessage):
+        stranger.hears("q2", topic=topic)
+
+    assert member.server.waiting == 1
+
+
+# ---- handing on
+
+
+@pytest.mark.rule("chain-1")
+def test_a_question_this_node_is_unsure_of_goes_on_with_its_path_and_time_held_back(unsure):
+    unsure.hears(path=("field",))
+    unsure.server.step()
+
+    [further] = unsure.handed
+    assert (further.id, further.asker, further.path, further.prompt) == ("q1", "base", ("field", "esteli"), "window")
+    assert further.expires == int(unsure.clock.now + 100 * (1 - HELD_BACK))
+    assert (unsure.replies, unsure.server.waiting) == ([], 0)
+
+
+@pytest.mark.rule("chain-1")
+def test_the_better_answer_is_relayed_and_names_who_spoke(unsure):
+    unsure.hears()
+    unsure.server.step()
+
+    assert unsure.told("normal: all is well", 0.8) == "upgraded"
+
+    [(topic, reply)] = unsure.replies
+    assert topic == topics.reply("esteli", "base")
+    assert (reply.peer, reply.speaker, reply.model_digest, reply.text) == ("base", "teacher", "7" * 64, "normal: all is well")
+
+
+@pytest.mark.rule("chain-1")
+def test_along_a_longer_chain_the_speaker_stays_the_one_whose_model_spoke(unsure):
+    unsure.hears()
+    unsure.server.step()
+
+    unsure.told(peer="ridge", speaker="teacher")
+
+    assert [reply.speaker for _, reply in unsure.replies] == ["teacher"]
+
+
+@pytest.mark.rule("chain-1")
+def test_an_answer_less_sure_than_this_nodes_own_is_not_relayed(unsure):
+    unsure.hears()
+    unsure.server.step()
+
+    assert unsure.told("normal: all is well", 0.7) == "confirmed"
+
+    assert [(reply.text, reply.speaker, reply.model_digest) for _, reply in unsure.replies] == [("leak: the pipe drips", "", "d" * 64)]
+
+
+@pytest.mark.rule("chain-4")
+def test_when_the_time_for_others_is_up_this_nodes_own_answer_goes_out(unsure):
+    unsure.hears()
+    unsure.server.step()
+    assert unsure.server.sweep() == 0
+    unsure.clock.now += 100 * (1 - HELD_BACK) + 1
+
+    assert unsure.server.sweep() == 1
+
+    assert [reply.text for _, reply in unsure.replies] == ["leak: the pipe drips"]
+    assert unsure.told() == "late"
+    assert len(unsure.replies) == 1
+
+
+@pytest.mark.rule("chain-4")
+def test_when_nobody_can_help_this_nodes_own_answer_goes_out_at_once(unsure):
+    unsure.hears()
+    unsure.server.step()
+
+    assert unsure.told("gibberish") == "refused"
+    assert unsure.told("", refused="no model") == "refused"
+    unsure.server.unanswered("q1")
+    unsure.server.unanswered("q1")
+
+    assert [reply.text for _, reply in unsure.replies] == ["leak: the pipe drips"]
+
+
+@pytest.mark.rule("chain-4")
+def test_an_answer_kept_for_others_survives_a_kill(unsure):
+    unsure.hears()
+    unsure.server.step()
+    unsure.make_server()
+
+    assert unsure.server.handed("q1")
+    assert unsure.told() == "upgraded"
+    assert unsure.prompts == ["window"]
+
+
+@pytest.mark.rule("chain-3")
+def test_a_question_at_its_hop_limit_is_answered_here_however_unsure(unsure):
+    unsure.hears(path=tuple(f"n{i}" for i in range(HOP_LIMIT)))
+    unsure.server.step()
+
+    assert unsure.handed == []
+    assert [reply.text for _, reply in unsure.replies] == ["leak: the pipe drips"]
+
+
+@pytest.mark.rule("chain-4")
+def test_a_question_with_no_time_left_for_others_is_answered_here(unsure):
+    unsure.hears(expiry=5)
+    unsure.server.step()
+
+    assert unsure.handed == []
+    assert len(unsure.replies) == 1
+
+
+@pytest.mark.rule("chain-5")
+def test_whoever_brings_a_question_that_is_out_gets_this_nodes_own_answer_and_its_asker_the_relayed_one(unsure):
+    unsure.hears()
+    unsure.server.step()
+
+    unsure.hears(asker="malacatoya")
+    unsure.hears()
+    assert [(topic, reply.text) for topic, reply in unsure.replies] == [(topics.reply("malacatoya", "base"), "leak: the pipe drips")]
+    unsure.told()
+
+    assert unsure.replies[-1][0] == topics.reply("esteli", "base")
+    assert unsure.replies[-1][1].speaker == "teacher"
+
+
+def test_only_a_question_that_was_handed_on_is_told_from_this_nodes_own(unsure):
+    """Whoever knows the id of a question of ours cannot draw its reply away by asking it back."""
+    unsure.sure = True
+    unsure.hears("ours")
+    unsure.server.step()
+
+    assert not unsure.server.handed("ours")

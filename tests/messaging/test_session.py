@@ -267,8 +267,8 @@ def test_a_retained_will_is_published_when_a_process_vanishes_and_not_when_it_sa
     watcher.subscribe(topics.ALL_STATUS, lambda message: deaths.append(message.topic))
     watcher.start()
     assert watcher.wait_connected(10)
-    polite = join("malacatoya", will=(topics.status("malacatoya"), b"lost"))
-    rude = join("esteli", will=(topics.status("esteli"), b"lost"))
+    polite = join("malacatoya", will=lambda _: (topics.status("malacatoya"), b"lost"))
+    rude = join("esteli", will=lambda _: (topics.status("esteli"), b"lost"))
 
     polite.stop()
     rude._stopping.set()  # its loop ends and the socket closes without a word
@@ -283,7 +283,7 @@ def test_a_will_with_a_delay_is_not_published_for_a_short_gap(broker, join, even
     watcher.subscribe(topics.ALL_STATUS, lambda message: (deaths if message.payload == b"lost" else other).append(message.topic))
     watcher.start()
     assert watcher.wait_connected(10)
-    esteli = join("esteli", will=(topics.status("esteli"), b"lost"), will_delay=30)
+    esteli = join("esteli", will=lambda _: (topics.status("esteli"), b"lost"), will_delay=30)
     esteli._client.socket().shutdown(socket.SHUT_RDWR)
 
     eventually(lambda: esteli.connects == 2 and esteli.connected)
