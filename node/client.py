@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import msgspec
 
 from node.settings import NodeSettings, is_loopback, secret
+from protocol.codec import UNREADABLE
 from protocol.errors import BadInput, Unavailable
 from protocol.tasks import Record, task_named
 
@@ -31,7 +31,7 @@ def read_run_file(state_dir: Path) -> RunFile | None:
     """Where the daemon of `state_dir` is, if it runs."""
     try:
         found = msgspec.json.decode((state_dir / "run.json").read_bytes(), type=RunFile)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *UNREADABLE):
         return None
     return found if Path(f"/proc/{found.pid}").exists() or not Path("/proc/self").exists() else None
 
@@ -77,7 +77,7 @@ def ask_here(settings: NodeSettings, text: str, *, lang: str) -> dict[str, Any]:
         return {
             "text": answer.text, "verdict": answer.verdict, "sentence": answer.sentence, "confidence": judgement.confidence,
             "reason": judgement.reason, "provisional": False, "stored": False, "task": task.name, "release": speaker.release,
-            "model_digest": speaker.engine.model_digest, "adapter_digest": speaker.engine.adapter_digest, "seconds": generation.seconds,
+            "model_digest": speaker.model_digest, "adapter_digest": speaker.adapter_digest, "seconds": generation.seconds,
         }  # fmt: skip
     finally:
         speaker.engine.close()
@@ -169,6 +169,8 @@ def call(settings: NodeSettings, method: str, path: str, body: dict[str, Any] | 
     """
     key = secret(settings.api.key_file, what="api.key_file")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
+    import httpx  # the daemon reads run.json with this file, and needs no HTTP client
+
     timeout = httpx.Timeout(settings.api.deadline_s + PATIENCE_S, connect=CONNECT_S)
     try:
         answer = httpx.request(method, address(settings) + path, json=body, headers=headers, timeout=timeout, trust_env=False)

@@ -24,6 +24,7 @@ from node.watchdog import Watchdog
 from protocol.errors import MilpaError, Unavailable
 
 LOOK_S = 1.0  # seconds between looks for a SIGHUP
+TELL_S = 1.0  # seconds for a word to leave
 KICKS = 3  # in each period systemd grants: two may be missed
 
 log = logging.getLogger("milpa.node")
@@ -45,6 +46,7 @@ class Supervisor:
             return
         text = "\n".join(f"{key}={str(value).splitlines()[0] if str(value) else ''}" for key, value in words.items())
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as end:
+            end.settimeout(TELL_S)  # a supervisor that does not read must not hold the node up
             end.connect(self._address)
             end.sendall(text.encode())
 

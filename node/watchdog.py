@@ -77,7 +77,8 @@ class Watchdog:
     def _database(self, moved: bool) -> str:
         write = not moved and self._clock() - self._written >= WRITE_S
         try:
-            with self._daemon.store.transaction() as session:  # IMMEDIATE: takes the write lock in any case
+            with self._daemon.store.transaction() as session:  # IMMEDIATE: takes the write lock
+                session.connection()
                 if write:
                     session.merge(MetaRow(key="watchdog", value=str(int(self._clock()))))
         except DBAPIError as error:

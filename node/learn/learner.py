@@ -245,12 +245,12 @@ class Learner(Part):
 
     def wear(self) -> None:
         """Put on the model what `site.json` names, or what the release came with; what does not speak is put back."""
-        from node.learn import site
-
         state = self.settings.state_dir
         active, said = self._slots.active(), self._model.describe()
         if active is None or said is None or said["release"] != active.number:
             return
+        from node.learn import site  # numpy comes with it
+
         for _ in range(3):  # the new one, the one before, the release alone
             file = site.read(state, active.number) if self.settings.learn.site_adapter else site.SiteFile()
             wanted = file.current.adapter if file.current else (active.adapter.name if active.adapter else "")
