@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from protocol import topics
+from protocol import frames, topics
 from protocol.codec import decode_message, encode
 from protocol.errors import BadInput, MalformedMessage, MilpaError
 from protocol.messages import Ack, Event, ReleaseNotice, Status
@@ -52,8 +52,10 @@ class Listener:
     ) -> None:
         self.session, self.ledger, self.clock, self._heard = session, ledger, clock, heard
         self._notice: ReleaseNotice | None = None
+        self._last: dict[str, Status] = {}  # by node; every retained status comes again when this process subscribes
         self._lock = threading.Lock()  # notices leave in order of their numbers
         session.subscribe(topics.ALL_STATUS, self.status)
+        session.subscribe(topics.ALL_ALIVE, self.alive)
         session.subscribe(topics.ALL_EVENTS, self.event)
         session.on_connected(lambda _: self._announce())
 
@@ -66,6 +68,18 @@ class Listener:
             if topics.status(status.node) != message.topic:
                 raise MalformedMessage(f"node {status.node!r} is not the node of this topic")
             self.ledger.seen_status(status, int(self.clock()))
+            self._last[status.node] = status
+        except BadInput as error:
+            self._refuse(message, error)
+        self._tell()
+
+    def alive(self, message: Incoming) -> None:
+        """Handle one message of ALL_ALIVE: the node's last status with new counts. Before that status came it says nothing."""
+        try:
+            node, said = frames.heard_alive(message.topic, message.payload)
+            status = frames.woken(self._last[node], said, at=int(self.clock())) if node in self._last else None
+            if status is not None and status.state != "lost":
+                self.ledger.seen_status(status, int(self.clock()))
         except BadInput as error:
             self._refuse(message, error)
         self._tell()
