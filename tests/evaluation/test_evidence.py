@@ -1,5 +1,6 @@
 """Which sentences the figures allow."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +248,20 @@ def test_the_lineage_names_every_stage_that_trained_the_student() -> None:
     steps = evidence.lineage_steps({"distil": trained, "on_policy": trained, "polish": trained})
 
     assert [step["name"] for step in steps][1:] == ["student, distilled", "student, on its own answers", "student, polished"]
+
+
+def test_the_commit_says_when_the_code_was_changed_and_a_measured_result_is_no_code(tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    result, code = tmp_path / "bench" / "results" / "forge.json", tmp_path / "code.py"
+    result.parent.mkdir(parents=True)
+    result.write_text("{}")
+    code.write_text("")
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+
+    result.write_text('{"figure": 1}')
+    measured = evidence.commit(tmp_path)
+    code.write_text("changed = True")
+
+    assert len(measured) == 40
+    assert evidence.commit(tmp_path) == f"{measured}+changes"

@@ -390,13 +390,14 @@ def machine() -> dict[str, Any]:
 
 
 def commit(folder: Path | None = None) -> str:
-    """The git commit of the code, with "+changes" where the tree differs from it; "" outside a clone."""
+    """The git commit of the code, with "+changes" where the tree differs from it in more than measured results; "" outside a clone."""
     git = ["git", "-C", str(folder or Path(__file__).parents[3])]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results"],
+            capture_output=True, text=True, timeout=10, check=True,
+        ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return ""
     return head + ("+changes" if changed else "")
