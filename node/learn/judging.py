@@ -56,7 +56,7 @@ def judge(
             for record in records:
                 if interrupted():
                     raise Interrupted("stopped while judging; it begins anew")
-                answer = engine.generate(task.prompt(record), max_new_tokens=task.max_new_tokens).text
+                answer = engine.generate(task.prompt(record), max_new_tokens=task.max_new_tokens, form=task.form).text
                 found.append(score(task, answer, record))
             return found
 
