@@ -6,16 +6,20 @@ For each: accuracy (or mean sentence chrF) with its interval, the paired differe
 near      also says how many it answered, and how often it and the model were right on just those
 agreeing  what near would do if every similarity were trusted: why the limit is learned
 again     the memory's own records asked a second time: what exact is for
+file      10,000 vectors of 640 figures in a process of its own: memory, disk, time of a search
 
 --trained names pairs the translation student learned from, which are left out of its memory. Writes bench/results/memory.json.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +56,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     figures: dict[str, Any] = json.loads(RESULT.read_text("utf-8"))["figures"] if RESULT.is_file() else {}
+    figures["file"] = in_a_process(file_of_vectors)
     if options.ranch:
         site = site_named(options.site)
         known = generate(site, seed=options.seed, count=options.remembered, split="train")
@@ -62,6 +67,48 @@ def main() -> None:
         figures["translation"] = measure(options.translation, TRANSLATION, known, asked, seed=options.seed)
     command = "python -m bench.memory --ranch MODEL.gguf --translation MODEL.gguf --data FOLDER --trained TRAIN.tsv"
     write("memory", figures, command=command, rows=rows(figures))
+
+
+def in_a_process(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work).result(timeout=600)
+
+
+def file_of_vectors() -> dict[str, Any]:
+    """What near costs a node with a full memory."""
+    import numpy as np
+
+    from node.memory.vectors import Vectors, size_on_disk
+
+    random, size, count = np.random.default_rng(1), 640, 10_000
+
+    def vector() -> Any:
+        one = random.standard_normal(size, dtype=np.float32)
+        return one / np.linalg.norm(one)
+
+    vector()
+    before = resident()
+    with tempfile.TemporaryDirectory(prefix="milpa-memory-") as folder:
+        vectors = Vectors(Path(folder) / "memory.db")
+        began = time.perf_counter()
+        for begin in range(0, count, 16):
+            vectors.put("m", [(f"{number:064x}", "s", vector()) for number in range(begin, begin + 16)])
+        wrote_s, took = time.perf_counter() - began, []
+        for _ in range(50):
+            wanted, began = vector(), time.perf_counter()
+            vectors.nearest("m", wanted, scope="s", count=rules.NEIGHBOURS)
+            took.append(time.perf_counter() - began)
+        grown, disk = resident() - before, size_on_disk(vectors.path)
+        vectors.close()
+    return {
+        "vectors": count, "figures": size, "resident_mib": grown / 2**20, "disk_mib": disk / 2**20, "write_ms": 1000 * wrote_s / count,
+        "search_p50_ms": 1000 * quantile(took, 0.5), "search_p95_ms": 1000 * quantile(took, 0.95),
+    }  # fmt: skip
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def pairs(data: Path, trained: Path | None, remembered: int, asked: int) -> tuple[list[Record], list[Record]]:
@@ -82,9 +129,8 @@ def measure(model: Path, task: Task, known: Sequence[Record], asked: Sequence[Re
             confirm(store, known)
             began = time.perf_counter()
             for memory in memories.values():
-                if memory.chosen.use in ("near", "examples"):
-                    while memory.step():
-                        pass
+                while memory.making and memory.making.step():
+                    pass
             made_s = time.perf_counter() - began
             ways = {use: Answering(store, worker, node="bench", budget=0.0, memory=memory) for use, memory in memories.items()}
             found = answered(ways, task, asked, seed=seed)
@@ -135,10 +181,12 @@ def answered(ways: dict[Any, Answering], task: Task, asked: Sequence[Record], *,
 def by_neighbours(memory: Memory, task: Task, asked: Sequence[Record], given: dict[str, list[Given]], *, seed: int) -> dict[str, Any]:
     """What near answered, beside the model on the same records; and what any agreeing neighbours would have said."""
     own = [index for index, one in enumerate(given["near"]) if one.recalled is not None and one.recalled.match == "near"]
+    making = memory.making
+    assert making is not None
     agreeing, took = {}, []
     for index, record in enumerate(asked):
         began = time.perf_counter()
-        close = memory._neighbours(record, rules.scope(record.task, record.lang), deadline_s=DEADLINE_S)
+        close = memory.neighbours(record, making, deadline_s=DEADLINE_S)
         took.append(time.perf_counter() - began)
         neighbours = [rules.Neighbour(row.key, similarity, rules.meaning(row.verdict, row.text)) for similarity, row in close]
         if (nearest := rules.agreed(neighbours, least=-1.0)) is not None:

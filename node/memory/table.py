@@ -197,6 +197,17 @@ def best(session: Session, task: str, *, limit: int) -> list[tuple[str, str, str
     return [(key, lang, source) for key, lang, source in session.execute(query.order_by(_kept_until().desc()).limit(limit))]
 
 
+def meanings(session: Session, task: str) -> dict[str, dict[str, str]]:
+    """By language: what each of the task's answers means, by key, newest first."""
+    query = select(MemoryRow.key, MemoryRow.lang, MemoryRow.verdict, MemoryRow.text).where(
+        MemoryRow.kind == "answer", MemoryRow.task == task
+    )
+    found: dict[str, dict[str, str]] = {}
+    for key, lang, verdict, text in session.execute(query.order_by(MemoryRow.created.desc())):
+        found.setdefault(lang, {})[key] = rules.meaning(verdict, text)
+    return found
+
+
 def count(session: Session, kind: Kind) -> int:
     """How many there are."""
     return session.scalar(select(func.count()).where(MemoryRow.kind == kind)) or 0

@@ -70,7 +70,7 @@ def season(node: Any, count: int = 45, **instead: str) -> None:
 
 def make_vectors(node: Any) -> None:
     for _ in range(100):
-        if not node.memory.step():
+        if not node.memory.making.step():
             return
     raise AssertionError("the memory never came to rest")
 
@@ -395,22 +395,22 @@ def test_another_model_makes_its_own_vectors_while_exact_answers_go_on(rememberi
 def test_vectors_are_not_made_while_records_wait_or_power_is_short(remembering: Any) -> None:
     node = remembering("near")
     season(node, 6)
-    node.memory._may_work = lambda: False
+    node.memory.making.may_work = lambda: False
 
-    assert node.memory.step() == 0.0 and node.memory.status()["vectors"] == 0
+    assert node.memory.making.step() == 0.0 and node.memory.status()["vectors"] == 0
 
 
 def test_making_vectors_goes_on_where_it_was_left(remembering: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     node = remembering("near")
     season(node, 30)
-    node.memory.step()
+    node.memory.making.step()
     made = node.memory.status()["vectors"]
     embedded: list[str] = []
     embed = node.engine.embed
     monkeypatch.setattr(node.engine, "embed", lambda text: (embedded.append(text), embed(text))[1])
     after = Memory(node.store, node.worker, node.memory._vectors.path.parent, Chosen(use="near"), clock=node.clock)
 
-    while after.step():
+    while after.making.step():
         pass
 
     assert 0 < made < 30 and len(embedded) == 1 + 30 - made  # one more tells the model and the size of its vectors
@@ -420,7 +420,7 @@ def test_making_vectors_goes_on_where_it_was_left(remembering: Any, monkeypatch:
 def test_the_disk_limit_bounds_the_vectors(remembering: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     node = remembering("near")
     season(node, 12)
-    monkeypatch.setattr("node.memory.recall.room_for", lambda max_bytes, size: 5)
+    monkeypatch.setattr("node.memory.making.room_for", lambda max_bytes, size: 5)
 
     make_vectors(node)
 
@@ -433,7 +433,7 @@ def test_without_the_extension_exact_answers_go_on(remembering: Any, monkeypatch
     season(node, 3)
 
     with pytest.raises(NoVectors, match="pip install"):
-        node.memory.step()
+        node.memory.making.step()
     assert node.answer(f"{WORDS['leak']} 1").recalled.match == "exact"
 
 
