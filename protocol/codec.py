@@ -15,6 +15,8 @@ from protocol.tasks import LANGUAGES, SOURCE_LIMIT, Record
 CONTENT_TYPE = "application/json"
 MESSAGE_LIMIT = 64 * 1024  # bytes; the broker's max_packet_size is four times that
 
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # of msgspec; the last for brackets nested by the thousand
+
 T = TypeVar("T")
 _message = msgspec.json.Decoder(Message)
 _record = msgspec.json.Decoder(Record)
@@ -43,7 +45,7 @@ def decode_message(data: bytes) -> Message:
         raise TooLarge(f"message is {len(data)} bytes, the limit is {MESSAGE_LIMIT}")
     try:
         return _message.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise MalformedMessage(f"message does not decode: {error}") from error
 
 
@@ -57,7 +59,7 @@ def decode_as(data: bytes, kind: type[T], *, limit: int = MESSAGE_LIMIT, what: s
         raise TooLarge(f"{what} is {len(data)} bytes, the limit is {limit}")
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise MalformedMessage(f"{what} does not decode: {error}") from error
 
 
@@ -70,7 +72,7 @@ def decode_record(data: bytes | str) -> Record:
     """
     try:
         record = _record.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise MalformedMessage(f"record does not decode: {error}") from error
     return checked_record(record)
 

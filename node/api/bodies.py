@@ -53,6 +53,8 @@ def decode(data: bytes, kind: type[T]) -> T:
         return msgspec.json.decode(data, type=kind)
     except UnicodeDecodeError as error:
         raise BadBody("the body is not UTF-8") from error
+    except RecursionError as error:
+        raise BadBody("the body is nested too deeply") from error
     except msgspec.DecodeError as error:
         message, _, place = str(error).partition(" - at `$")
         missing = re.search(r"field `(\w+)`", message)

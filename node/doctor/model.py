@@ -13,6 +13,7 @@ from node.doctor.machine import Places, free_memory
 from node.settings import NodeSettings
 from node.update.rules import Seen
 from node.update.slots import Slots
+from protocol.codec import UNREADABLE
 from protocol.errors import MilpaError
 
 RELEASE_OLD_S = 120 * 86_400  # seconds; a season
@@ -107,7 +108,7 @@ def expiry(path: Path) -> float | None:
     try:
         told = msgspec.json.decode(path.read_bytes())["signed"]["expires"]
         return datetime.fromisoformat(str(told)).timestamp()
-    except (OSError, msgspec.DecodeError, KeyError, TypeError, ValueError):
+    except (OSError, *UNREADABLE, KeyError, TypeError, ValueError):
         return None
 
 
@@ -115,5 +116,5 @@ def newest_signed_time(settings: NodeSettings) -> float:
     """The newest time the coordinator signed, as this node remembers it; 0 without one."""
     try:
         return float(msgspec.json.decode((settings.state_dir / "trust" / "seen.json").read_bytes(), type=Seen).floor)
-    except (OSError, *codec.UNREADABLE):
+    except (OSError, *UNREADABLE):
         return 0.0

@@ -33,6 +33,7 @@ from node.entrances.taking import refusal, take
 from node.parts import Figure, Part
 from node.settings import NodeSettings, Spool
 from protocol.blobs import sync_folder, write_atomically
+from protocol.codec import UNREADABLE
 from protocol.errors import BadInput, TooLarge, Unavailable
 
 LOOK_S = 1.0  # seconds between looks into the folder
@@ -199,7 +200,7 @@ class SpoolFolder(Part):
         try:
             msgspec.json.decode(data)
             return [data]  # one record, over as many lines as it likes
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except UNREADABLE:
             lines = [line for line in data.splitlines() if line.strip()]
         if not lines:
             raise BadInput(f"{path.name} is empty")

@@ -77,6 +77,11 @@ def digest(state_dir: Path, release: int) -> str:
         return ""
 
 
+def size(state_dir: Path, release: int) -> int:
+    """Bytes of the adapter trained on that release, as it would travel."""
+    return sum(path.stat().st_size for path in folder(state_dir, release).glob("adapter-*.npy"))
+
+
 def delivered(state_dir: Path, release: int) -> bool:
     """Whether the coordinator has the adapter trained on that release."""
     file = folder(state_dir, release) / "delivered"

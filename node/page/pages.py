@@ -39,12 +39,13 @@ class Said(msgspec.Struct, frozen=True):
 
 
 def main_page(
-    words: Words, status: Mapping[str, Any], seen: Look, findings: Sequence[Finding], *, said: Said, with_key: bool, here: str
+    words: Words, status: Mapping[str, Any], seen: Look, findings: Sequence[Finding], *, said: Said, mark: str, with_key: bool, here: str
 ) -> Html:
     """The page.
 
     Args:
         status: GET /v1/status.
+        mark: what GET /page/mark says while nothing changes.
         with_key: somebody logged in and may log out.
         here: path and query of this page without `lang`, for the other language's link.
     """
@@ -57,7 +58,7 @@ def main_page(
         _latest(words, seen),
         _machine(words, status, findings),
     )
-    return document(words, f"{name} · Milpa", parts, name=name, live=seen.mark, with_key=with_key, here=here)
+    return document(words, f"{name} · Milpa", parts, name=name, live=mark, with_key=with_key, here=here)
 
 
 def login_page(words: Words, *, problem: str = "", here: str = "/login") -> Html:
@@ -78,8 +79,8 @@ def login_page(words: Words, *, problem: str = "", here: str = "/login") -> Html
     return document(words, "Milpa", form, name="", live=None, with_key=False, here=here)
 
 
-def document(words: Words, title: str, main: Child, *, name: str, live: int | None, with_key: bool, here: str) -> Html:
-    """A whole page around `main`. `live`: the newest change it shows; None: nothing on it changes by itself."""
+def document(words: Words, title: str, main: Child, *, name: str, live: str | None, with_key: bool, here: str) -> Html:
+    """A whole page around `main`. `live`: the mark of what it shows; None: nothing on it changes by itself."""
     other = "es" if words.lang == "en" else "en"
     link = tag(
         "a",

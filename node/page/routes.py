@@ -2,7 +2,7 @@
 
 GET  /                    the page; ?answer=ID shows that answer's card, ?skip=N leaves N for later, ?lang=es remembers the language
 POST /page/answers/ID     a tap: verdict=CODE, or right=TEXT, or text=TEXT; then back to /, which says what was saved
-GET  /page/mark           the number of the newest change: an open page asks for it every few seconds
+GET  /page/mark           changes with every answer and finding: an open page asks for it every few seconds
 GET  /page/page.css, page.js, milpa.svg
 GET, POST /login, POST /logout     only where the node has a key; see `door`
 
@@ -10,6 +10,8 @@ HTML is built by modules that are loaded at the first look: a node nobody looks 
 """
 
 import asyncio
+import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -30,6 +32,8 @@ from protocol.errors import BadInput, TooLarge
 if TYPE_CHECKING:
     from node.page.pages import Finding, Said
     from node.page.words import Words
+
+log = logging.getLogger("milpa.node")
 
 STATIC = Path(__file__).parent / "static"
 FILES = {"page.css": "text/css", "page.js": "text/javascript", "milpa.svg": "image/svg+xml"}
@@ -81,7 +85,10 @@ class _Page:
         clock: Callable[[], float],
     ) -> None:
         self.answering, self.status, self.examine, self.key, self.clock = answering, status, examine, key, clock
-        self._examined: tuple[float, list[Finding]] | None = None
+        self._examining = threading.Lock()
+        self._examined_at = -FINDINGS_S
+        self._examined: list[Finding] = []
+        self._rounds = 0  # of the doctor
 
     def add(self, app: Starlette) -> None:
         """All routes. Each asks `_enter` first, but for the door itself and the files."""
@@ -105,9 +112,12 @@ class _Page:
         """GET /page/mark"""
         if refusal := self._enter(request):
             return refusal
+        return PlainTextResponse(await run_in_threadpool(self._mark), headers={"cache-control": "no-store"})
+
+    def _mark(self) -> str:
         from node.page import views
 
-        return PlainTextResponse(str(await run_in_threadpool(views.mark, self.answering.store)), headers={"cache-control": "no-store"})
+        return f"{views.mark(self.answering.store)}-{self._rounds}"
 
     async def tap(self, request: Request) -> Response:
         """POST /page/answers/ID"""
@@ -146,19 +156,31 @@ class _Page:
             store, self.clock(), answer=_short(asked.get("answer", "")), keep=_short(asked.get("keep", "")),
             skip=min(int(skip), SKIP_LIMIT) if skip.isascii() and skip.isdigit() and len(skip) < 9 else 0,
         )  # fmt: skip
+        rounds, findings = self._rounds, self._findings()  # in this order: a newer word is asked for again
         html = pages.main_page(
-            words, self.status(), seen, self._findings(), said=said, with_key=bool(self.key), here=_here(asked, ("answer", "skip"))
-        )
+            words, self.status(), seen, findings, said=said, mark=f"{seen.mark}-{rounds}", with_key=bool(self.key),
+            here=_here(asked, ("answer", "skip")),
+        )  # fmt: skip
         return self._html(request, html, status)
 
     def _findings(self) -> "list[Finding]":
+        """What the doctor said last. It may wait on a dead network: it looks in a thread of its own, and the open page asks again."""
+        if time.monotonic() > self._examined_at + FINDINGS_S and self._examining.acquire(blocking=False):
+            threading.Thread(target=self._look, name="milpa-page-doctor", daemon=True).start()
+        return self._examined
+
+    def _look(self) -> None:
         from node.page.pages import Finding
 
-        now = time.monotonic()
-        if self._examined is None or now > self._examined[0] + FINDINGS_S:
+        try:
             found = [Finding(finding.what, finding.state, finding.found, finding.advice) for finding in self.examine()]
-            self._examined = (now, found)
-        return self._examined[1]
+            self._rounds += found != self._examined
+            self._examined, self._examined_at = found, time.monotonic()
+        except Exception:  # a defect of the doctor's must not end his visits
+            log.exception("the doctor could not look")
+            self._examined_at = time.monotonic()
+        finally:
+            self._examining.release()
 
     # ---- the door
 

@@ -74,7 +74,7 @@ def look(store: Store, now: float, *, answer: str = "", keep: str = "", skip: in
 
 
 def mark(store: Store) -> int:
-    """Number of the newest change: an open page asks for it every few seconds."""
+    """Number of the newest change."""
     with store.transaction() as session:
         return _mark(session)
 

@@ -17,7 +17,7 @@ from node.page import routes as page_routes
 from node.page.html import Html, tag, text
 from node.page.words import TEXTS, VERDICTS, Words
 from protocol.tasks import RANCH_CODES
-from tests.node.conftest import NOW, reply_to
+from tests.node.conftest import NOW, eventually, reply_to
 from tests.node.fake_engine import FakeEngine
 
 HOME = {"origin": "http://127.0.0.1"}
@@ -138,7 +138,10 @@ def test_what_the_doctor_found_is_said_in_plain_words_with_the_detail_beside(sur
     ]
     page_routes.add(app, sure.answering, status=dict, examine=lambda: findings)
 
-    told = page(TestClient(app), lang="es")
+    client = TestClient(app)
+    eventually(lambda: "atender" in page(client, lang="es"))
+
+    told = page(client, lang="es")
 
     assert "El reloj está mal" in told and "clock: it shows 1970-01-01; set it" in told
     assert "Algo necesita revisión: new" in told and "casi lleno" not in told
@@ -175,7 +178,8 @@ def test_every_state_of_an_answer_and_every_finding_of_the_doctor_has_words() ->
     import node.doctor
     from node.store import State
 
-    found = set(re.findall(r'Finding\(\s*"(\w+)"', Path(node.doctor.__file__).read_text(encoding="utf-8")))
+    sources = Path(node.doctor.__file__).parent.glob("*.py")
+    found = {what for source in sources for what in re.findall(r'Finding\(\s*"(\w+)"', source.read_text(encoding="utf-8"))}
 
     assert found and {f"find.{what}" for what in found} <= set(TEXTS)
     assert {f"state.{state}" for state in get_args(State)} <= set(TEXTS)
