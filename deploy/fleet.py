@@ -230,7 +230,11 @@ class LocalFleet:
                 "root_file": str(self.folder / "trust" / "root.json"),
                 "poll_s": POLL_S,
             },
-            "learn": {"superlink": f"127.0.0.1:{plan.superlink_port}", "fleet_token_file": str(self.folder / "superlink" / "fleet.token")},
+            "learn": {
+                "auto": False,  # whoever runs the fleet says when its sites learn and sync
+                "superlink": f"127.0.0.1:{plan.superlink_port}",
+                "fleet_token_file": str(self.folder / "superlink" / "fleet.token"),
+            },
         }
 
     def _password_file(self, user: str) -> Path:

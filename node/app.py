@@ -52,7 +52,7 @@ from node.update.slots import Slots
 from protocol import __version__
 from protocol.blobs import write_atomically
 from protocol.errors import Unavailable
-from protocol.messages import Status
+from protocol.messages import State, Status
 
 SWEEP_S = 1.0  # seconds between looks at deadlines
 PRUNE_S = 3600.0  # seconds between prunings
@@ -113,7 +113,10 @@ class Daemon:
                 on_asked=self.messaging.wake if self.messaging else lambda: None, memory=self.memory,
             )  # fmt: skip
             self.updated = Releases(settings, self.slots, self.model, emit=self._emit, clock=self.clock, power=self.power)
-            self.learner = Learner(settings, self.slots, self.store, self.model, self.power, clock=self.clock)
+            self.learner = Learner(
+                settings, self.slots, self.store, self.model, self.power, clock=self.clock,
+                may_sync=lambda cost: self.link.may_spend(cost, "round"), synced=lambda cost: self.link.meter.spend(cost, 0),
+            )  # fmt: skip
             self.parts = (self.link, self.power, self.updated, self.learner, *self._parts())
             app = routes.build(
                 self.answering, self.metrics, default_task=settings.model.task, deadline_s=settings.api.deadline_s, status=self.status,
@@ -266,9 +269,10 @@ class Daemon:
 
     def _describe(self) -> Status:
         """This node's word about itself; node, boot, sequence and time are filled in by whoever sends it."""
-        speaker = self.worker.speaker
+        speaker, asleep = self.worker.speaker, self.power.sleeping_until()
+        state: State = "no-model" if speaker is None else "sleeping" if asleep else "answering"
         return Status(
-            node=self.settings.node.name, boot=self.boot, sequence=0, state="answering" if speaker else "no-model",
+            node=self.settings.node.name, boot=self.boot, sequence=0, state=state, sleeping_until=asleep,
             role=self.settings.node.role, release=self.model.release, model_digest=speaker.model_digest if speaker else "",
             adapter_digest=speaker.adapter_digest if speaker else "", answered=self.metrics.answered_count,
             escalated=self.metrics.escalated_count, waiting=self.messaging.waiting() if self.messaging else 0, version=__version__,

@@ -5,6 +5,7 @@ machine       the clock, the disk and its wear, the supply's voltage, the temper
 certificates  expired, soon expired, not matching their key, open to others
 outside       the port, brokers that refuse and why, the coordinator and its clock
 remembered    whether the memory can do what it is set to
+upkeep        a battery that says nothing or is too small, a training that cannot run
 model         whether it fits this machine's memory, loads and speaks; whether releases still come
 
 No look waits longer than a few seconds on anything off the machine.
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from node.client import daemon_status
-from node.doctor import certificates, machine, model, outside, remembered
+from node.doctor import certificates, machine, model, outside, remembered, upkeep
 from node.doctor.finding import Finding
 from node.settings import NodeSettings, missing_files
 from protocol.errors import MilpaError
@@ -56,6 +57,8 @@ def examine(
         *outside.topic(settings, running=running),
         *outside.spool(running),
         remembered.memory(settings, running=running),
+        *upkeep.power(settings, running=running),
+        *upkeep.learning(settings, running=running),
         *outside.coordinator(settings, now()),
         model.release(settings, now(), running=running),
         *model.trust(settings, now()),

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from node.energy import rules
 from node.energy.book import Book
 from node.energy.readings import Reading, read
-from node.energy.rules import DAY_S, SEEN_DARK_S, STEP_S, WORKS, Duty, Kind, Plant, PowerState, Verdict, Work
+from node.energy.rules import DAY_S, SEEN_DARK_S, STEP_S, WORKS, Duty, Kind, Plant, PowerState, Work
 from node.parts import Figure, Part
 from node.update.rules import BUILT_AT
 from protocol.errors import Unavailable
+from protocol.links import Verdict
 
 if TYPE_CHECKING:
     from node.answering import Given, Watch

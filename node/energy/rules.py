@@ -18,6 +18,8 @@ from typing import Literal
 
 import msgspec
 
+from protocol.links import Verdict
+
 Source = Literal["mains", "battery", "solar"]
 Work = Literal["train", "download", "agree", "sync"]  # what may wait
 Kind = Literal["idle", "answer", "train", "download", "agree", "sync"]  # what joules are counted for
@@ -71,13 +73,6 @@ class PowerState(msgspec.Struct, frozen=True):
     reserve: float = 0.0  # share of the battery
     measured: bool = False  # the charge was read, not modelled
     problem: str = ""  # why nothing optional runs although it might: a reading that is missing
-
-
-class Verdict(msgspec.Struct, frozen=True):
-    """Whether a work may run now, and why."""
-
-    ok: bool
-    reason: str
 
 
 def sun_height(now: float, latitude: float, longitude: float) -> float:

@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from node.energy.power import Power
-from node.energy.rules import Kind, Verdict
+from node.energy.rules import Kind
 from node.engine.live import LiveModel
 from node.learn import rules
 from node.parts import Figure, Part
 from node.settings import NodeSettings
 from node.store import Store
 from protocol.errors import MilpaError, Unavailable
+from protocol.links import Verdict
 
 if TYPE_CHECKING:
     from node.learn.process import Job, Said
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 LOOK_S = 60.0  # seconds between looks
 RUN_SPARE_S = 1_800.0  # seconds beyond the training's budget that its process may take
+WINDOW_BYTES = 60_000  # Flower's own words in a window of two minutes: a call every half second
 KEPT_RELEASES = 3  # folders of learnt adapters; late ones are still of use to a round
 NEEDS = ("torch", "transformers", "gguf")  # of a training; a node without them answers and does not learn
 
@@ -47,7 +49,7 @@ class Learner(Part):
     """Learning, as a part of the daemon.
 
     Args:
-        may_sync: what the link says to a sync window.
+        may_sync, synced: what the link says to a sync window of so many bytes; told once they are spent (an estimate: Flower counts none).
         run, window: how a training and a window run, each until it is asked to end; replaced in tests.
     """
 
@@ -62,13 +64,14 @@ class Learner(Part):
         power: Power,
         *,
         clock: Callable[[], float] = time.time,
-        may_sync: Callable[[], Verdict] = lambda: Verdict(True, ""),
+        may_sync: Callable[[int], Verdict] = lambda cost: Verdict(True),
+        synced: Callable[[int], None] = lambda cost: None,
         run: Run | None = None,
         window: Window | None = None,
     ) -> None:
         self.settings = settings
         self._slots, self._store, self._model, self._power, self._clock = slots, store, model, power, clock
-        self._may_sync = may_sync
+        self._may_sync, self._synced = may_sync, synced
         self._run, self._window = run or in_a_child, window or self._open_window
         self._stop, self._wake = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -120,7 +123,10 @@ class Learner(Part):
     def status(self) -> dict[str, Any]:
         """What it does, why it waits, and what answers."""
         active = self._slots.active()
-        found: dict[str, Any] = {"auto": self.settings.learn.auto, "doing": self.doing, "reason": self.reason, "last": self.last}
+        found: dict[str, Any] = {
+            "auto": self.settings.learn.auto, "doing": self.doing, "reason": self.reason, "last": self.last,
+            "failure": self.failure,
+        }  # fmt: skip
         if self.doing == "trains":
             found["share"] = round(self.share, 3)
         if active is not None:
@@ -301,13 +307,20 @@ class Learner(Part):
             return False
         from node.learn import stored
 
-        if stored.undelivered(self.settings.state_dir) is None:
+        release = stored.undelivered(self.settings.state_dir)
+        if release is None:
             return False
-        for verdict in (self._power.may("sync"), self._may_sync()):
+        for verdict in (self._power.may("sync"), self._may_sync(self._cost(release))):
             if not verdict.ok:
                 self.reason += f"; a sync window waits: {verdict.reason}"
                 return False
         return True
+
+    def _cost(self, release: int) -> int:
+        """Bytes of a window that delivers that release's adapter."""
+        from node.learn import stored
+
+        return stored.size(self.settings.state_dir, release) + WINDOW_BYTES
 
     def _sync(self) -> None:
         from node.learn import stored
@@ -324,6 +337,7 @@ class Learner(Part):
         log.info(
             "sync window: %s", "delivered" if result.delivered else f"nothing delivered (answers: {', '.join(result.answered) or 'none'})"
         )
+        self._synced(self._cost(release) if result.delivered and release is not None else WINDOW_BYTES)
         if result.delivered and release is not None:
             stored.note_delivered(self.settings.state_dir, release)
 

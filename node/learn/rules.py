@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from node.energy.rules import Verdict
+from protocol.links import Verdict
 
 ALPHA = 0.2
 GENERAL_LOSS = 0.03  # share of the records; the fleet's own gate allows as much

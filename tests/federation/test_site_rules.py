@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.energy.rules import Verdict
 from node.learn.rules import ALPHA, Standing, better, discordant, sign_test, training_due, window_due
+from protocol.links import Verdict
 
 SUN, NIGHT = Verdict(True, "sun"), Verdict(False, "no sun")
 READY = Standing(examples=40, held_out=8)

@@ -17,6 +17,7 @@ from node.energy.readings import Reading, read
 from node.energy.rules import DAY_S, Duty, Plant, PowerState
 from node.update.rules import BUILT_AT
 from protocol.errors import Unavailable
+from protocol.links import Verdict
 
 NOON = 1_800_014_400.0 + 0.0  # 2027-01-15 12:00 UTC
 SOLAR = Plant(source="solar", latitude=13.1, longitude=0.0)
@@ -180,7 +181,7 @@ def test_a_gauge_that_falls_silent_stops_what_can_wait_and_says_so() -> None:
     battery.reading = None
     clock.now += 60
 
-    assert power.may("train") == rules.Verdict(False, "the battery says nothing")
+    assert power.may("train") == Verdict(False, "the battery says nothing")
 
 
 def test_a_clock_in_1970_keeps_what_waits_for_sun_waiting_unless_the_sun_is_measured() -> None:
