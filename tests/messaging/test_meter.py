@@ -195,7 +195,7 @@ def test_a_handshake_that_fails_is_paid_for(metered, clocks, tmp_path, eventuall
                 end.sendall(b"no TLS here\r\n")
 
         threading.Thread(target=greet_wrongly, daemon=True).start()
-        from tests.messaging.test_tls import authority
+        from tests.certificates import authority
 
         session = Session("esteli", "127.0.0.1", plain.getsockname()[1], ca_file=authority(tmp_path / "ca").ca, meter=meter, backoff_base=5)
         session.start()
