@@ -307,7 +307,7 @@ class _Api:
     async def refused(self, request: Request, error: Exception) -> Response:
         """Every error in the words of the path's dialect."""
         refusal = told(error)
-        body = refusal.ollama() if request.url.path.startswith("/api/") else refusal.openai()
+        body = refusal.ollama() if request.scope["path"].startswith("/api/") else refusal.openai()
         return Json(body, refusal.status, refusal.headers)
 
 
