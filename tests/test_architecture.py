@@ -54,6 +54,7 @@ PURE = (
     "coordinator/forge/judging/claims.py", "coordinator/forge/judging/economics.py",
     "protocol/words.py", "node/page/door.py", "node/page/html.py", "node/page/pages.py", "node/page/words.py",
     "node/escalation/consensus.py", "node/memory/rules.py", "node/energy/rules.py", "node/learn/rules.py",
+    "node/confidence/budget.py", "node/confidence/refit.py", "protocol/likeness.py",
 )  # fmt: skip
 IMPURE_MODULES = {"time", "os", "socket", "random", "subprocess", "threading", "requests", "httpx", "pathlib", "sqlite3", "sqlalchemy"}
 

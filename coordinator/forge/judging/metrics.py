@@ -221,7 +221,7 @@ def deferral_curve(confidences: Sequence[float], student: Sequence[float], teach
 
 
 def deferral_area(confidences: Sequence[float], student: Sequence[float], teacher: Sequence[float]) -> float | None:
-    """Area between the deferral curve and the straight line of asking at random, as a share of the oracle's.
+    """Area between the deferral curve (Gupta et al. 2024, arXiv 2404.10136) and the line of asking at random, as a share of the oracle's.
 
     0: no better than random; 1: asks first where the teacher helps most; below 0: worse than random. None where asking cannot matter
     (the teacher is better by the same amount everywhere).
