@@ -1,8 +1,8 @@
 """An answer on its way to the client: what of its text is sent, piece by piece, and a talk that ends when the client hangs up.
 
 Rules:
- * A streamed answer is the same answer: generated whole, stored, judged and escalated. `max_tokens` and `stop` cut what is sent, never
-   what is stored: half a verdict would be judged broken and asked of a peer.
+ * A streamed answer is the same answer: stored, judged and escalated like any other. `max_tokens` ends the generation, but never inside a
+   verdict: half of one would be judged broken and asked of a peer. `stop` cuts what is sent, not what is stored.
  * Streamed or not, the same text goes out: without the white space around it, nothing of a stop string, no half character.
  * A client that hangs up, or a deadline that passes, stops the generation between two tokens; nothing of it is stored.
 Limits: the pieces of one request wait in memory for a slow reader; a task's longest answer bounds them (128 tokens, 64 prompts).
@@ -144,7 +144,9 @@ class Talk:
         ends = time.monotonic() + self._deadline_s
         try:
             for index, record in enumerate(self._records):
-                listening = Listening(self._said(index) if self._asked.stream else None, self._asked.alternatives, self._gone)
+                listening = Listening(
+                    self._said(index) if self._asked.stream else None, self._asked.alternatives, self._asked.max_tokens, self._gone
+                )
                 given = self._answering.answer(record, deadline_s=max(0.0, ends - time.monotonic()), listening=listening)
                 self._tell(Answered(index, given))
             self._tell(None)

@@ -40,6 +40,7 @@ REMEMBERED = 0.2  # weight of the latest record in the running mean of seconds a
 FIRST, SPARE, LAST = 0, 1, 2  # order in the queue: answers, sampling, nothing
 
 OnPiece = Callable[[Piece], None]
+OnWorked = Callable[[float, bool], None]  # seconds the model computed, and whether it was spare work; must be quick
 
 
 class Busy(Unavailable):
@@ -129,6 +130,7 @@ class Listening(msgspec.Struct, frozen=True):
 
     on_piece: OnPiece | None = None  # called in the owner thread with every token; must not block
     alternatives: int = 0  # likeliest tokens to tell at each place
+    max_tokens: int | None = None  # fewer than the task's own are enough
     gone: threading.Event = msgspec.field(default_factory=threading.Event)  # set when nobody wants the answer any more
 
 
@@ -144,7 +146,10 @@ class _Job(msgspec.Struct):
 class Worker:
     """Owns the speaker. `start`, `ask` from any thread, `stop`."""
 
-    def __init__(self, *, capacity: int = 16, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, *, capacity: int = 16, clock: Callable[[], float] = time.monotonic, on_worked: OnWorked = lambda seconds, spare: None
+    ) -> None:
+        self._on_worked = on_worked
         self._jobs: queue.PriorityQueue[tuple[int, int, _Job | None]] = queue.PriorityQueue(maxsize=capacity)
         self._order = itertools.count()
         self._seconds = FIRST_GUESS_S  # running mean of what a record takes
@@ -235,6 +240,7 @@ class Worker:
             BadInput: another task than the active model's, or a prompt the model cannot read.
         """
         heard = listening or Listening()
+        limit = min(max_new_tokens, heard.max_tokens or max_new_tokens)
 
         def work(speaker: Speaker, check: OnPiece) -> Spoken:
             def each(piece: Piece) -> None:
@@ -242,7 +248,7 @@ class Worker:
                 if heard.on_piece is not None:
                     heard.on_piece(piece)
 
-            said = speaker.engine.generate(prompt, max_new_tokens=max_new_tokens, form=form, on_piece=each, alternatives=heard.alternatives)
+            said = speaker.engine.generate(prompt, max_new_tokens=limit, form=form, on_piece=each, alternatives=heard.alternatives)
             return Spoken(said, speaker)
 
         spoken: Spoken = self._wait_for(work, task=task, deadline_s=deadline_s, gone=heard.gone)
@@ -336,9 +342,13 @@ class Worker:
             if job.task and job.task != speaker.task:
                 raise BadInput(f"this node answers {speaker.task!r}, not {job.task!r}")
             started = time.perf_counter()
-            found = job.work(speaker, check)
+            try:
+                found = job.work(speaker, check)
+            finally:
+                seconds = time.perf_counter() - started
+                self._on_worked(seconds, job.rank == SPARE)
             if job.rank == FIRST and job.task:
-                self._seconds += REMEMBERED * (time.perf_counter() - started - self._seconds)
+                self._seconds += REMEMBERED * (seconds - self._seconds)
             return found
 
 

@@ -4,7 +4,8 @@ Rules:
  * `generate` is greedy, and the same prompt and form give the same bits: everything runs on the CPU, one sequence, and a prompt is always
    computed in the same batches. The part every prompt of a task begins with (`Form.opening`) is a batch of its own, so it makes no
    difference whether it is read again or still in the KV cache. Another adapter empties the cache.
- * With a form the answer begins with one of its codes and ":" (`spelling.py`). What the model thought of each token stays the free model's.
+ * With a form the answer begins with one of its codes and ":" (`spelling.py`), whole even where fewer tokens were asked for. What the model
+   thought of each token stays the free model's.
  * The text ends at an end token, or before its first line break.
  * Log-probabilities, margins and entropies come from the logits of the same forward pass; they cost no second one.
  * One lock: one prompt at a time. More speed is more threads, not more callers.
@@ -370,7 +371,7 @@ class _Speech:
         """Say tokens until the answer ends; `logits` are those after the prompt."""
         stopped: Ending | None = None
         while stopped is None:
-            stopped = self._say(logits, last=len(self._tokens) + 1 == limit)
+            stopped = self._say(logits, limit, room=self._engine.context - prompt_tokens)
             if stopped is None:
                 self._engine._decode(self._tokens[-1:])
                 logits = self._engine._logits()
@@ -381,8 +382,8 @@ class _Speech:
             alternatives=tuple(self._others),
         )  # fmt: skip
 
-    def _say(self, logits: Logits, *, last: bool) -> Ending | None:
-        """Choose the next token and tell it; why the answer ends with it, or None."""
+    def _say(self, logits: Logits, limit: int, *, room: int) -> Ending | None:
+        """Choose the next token and tell it; why the answer ends with it, or None. A code is finished past the limit, given room."""
         allowed = self._spelling.allowed(self._state) if self._spelling and self._state is not None else None
         token = self._choose(logits, allowed)
         self._tokens.append(token)
@@ -391,6 +392,8 @@ class _Speech:
         raw = b"" if ended else self._engine._piece(token)
         if self._spelling and self._state is not None:
             self._state = self._spelling.after(self._state, raw)
+        said = len(self._tokens)
+        last = said >= room or (said >= limit and self._state is None)
         text, line_break, _rest = raw.partition(b"\n")
         stopped: Ending | None = "end" if ended else "line" if line_break else "length" if last else None
         self._pieces.append(self._text.decode(text, final=stopped is not None))  # an unfinished character becomes a sign of its own

@@ -76,6 +76,13 @@ def test_with_a_form_the_answer_begins_with_one_of_its_codes_whatever_the_model_
         assert RANCH.parse(said.text).verdict in RANCH.codes
 
 
+def test_a_verdict_is_finished_however_few_tokens_are_asked_for(engine: Any) -> None:
+    said = engine.generate(PROMPT, max_new_tokens=1, form=RANCH.form)
+
+    assert said.stopped == "length"
+    assert RANCH.parse(said.text).verdict in RANCH.codes and RANCH.parse(said.text).sentence == ""
+
+
 def test_the_pieces_come_as_they_are_said_and_make_the_text(engine: Any) -> None:
     heard: list[Any] = []
 

@@ -103,6 +103,8 @@ class FakeEngine:
             pieces[index] = (pieces[index][0], (1 - p) / 100)
         pieces.append(("", p))
         stopped = "line" if line_break else "end"
+        if form is not None and form.codes:
+            limit = max(limit, 2)  # a code and its colon are two pieces here
         if len(pieces) > limit:
             pieces, stopped = pieces[:limit], "length"
         others = (Alternative(0, pieces[0][0], math.log(p)), Alternative(1, " other", math.log(1 - p)))[:alternatives]
