@@ -35,7 +35,7 @@ from node.api.metrics import Metrics
 from node.api.server import Server, bind
 from node.client import RunFile
 from node.confidence.judging import Judge, budget_of, samples_of
-from node.energy.power import Watches, counted, power_of
+from node.energy.power import power_of
 from node.engine.live import LiveModel
 from node.engine.worker import Worker
 from node.entrances.spool import SpoolFolder
@@ -73,8 +73,8 @@ class Daemon:
         self.metrics = Metrics()
         self.failed = False  # a part died; the process must not pretend to live
         self.parts: tuple[Part, ...] = ()
-        self.worker = Worker(capacity=settings.api.queue)
         self.power = power_of(settings, clock)
+        self.worker = Worker(capacity=settings.api.queue, on_worked=self.power.worked)
         self.messaging: Messaging | None = None
         self._reloads = 0
         self._restart: tuple[str, ...] = ()  # settings that differ in the file and wait for a restart
@@ -109,7 +109,7 @@ class Daemon:
             self.judge = self._judge()
             self.answering = Answering(
                 self.store, self.worker, node=settings.node.name, site=settings.site, judge=self.judge,
-                asking=self.messaging.asker if self.messaging else None, clock=self.clock, watch=Watches(self.metrics, self.power),
+                asking=self.messaging.asker if self.messaging else None, clock=self.clock, watch=self.metrics,
                 on_asked=self.messaging.wake if self.messaging else lambda: None, memory=self.memory,
             )  # fmt: skip
             self.updated = Releases(settings, self.slots, self.model, emit=self._emit, clock=self.clock, power=self.power)
@@ -147,7 +147,7 @@ class Daemon:
         limits = self.settings.confidence
         return Judge(
             self.store, budget_of(self.settings), joules_a_question=limits.joules_a_question, refits=limits.refit,
-            samples=counted(samples_of(self.worker), self.power) if limits.agree else None,
+            samples=samples_of(self.worker) if limits.agree else None,
             may_agree=lambda: self.power.may("agree").ok, clock=self.clock,
         )  # fmt: skip
 

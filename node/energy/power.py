@@ -21,11 +21,7 @@ from protocol.errors import Unavailable
 from protocol.links import Verdict
 
 if TYPE_CHECKING:
-    from node.answering import Given, Watch
-    from node.confidence.judging import Samples
     from node.settings import NodeSettings
-    from protocol.models.generation import Generation
-    from protocol.tasks import Task
 
 LOOK_S = 5.0  # seconds between two looks at the battery
 BOOK = "energy.json"
@@ -67,6 +63,11 @@ class Power(Part):
         self._out_so_far = 0.0
         self._state = PowerState(plant.source, self._book.charge, 0.0, plant.source == "mains")
 
+    def reload(self, settings: "NodeSettings") -> None:
+        """Other figures of the plant; what was counted stays."""
+        with self._lock:
+            self.plant = settings.power
+
     def now(self) -> PowerState:
         """How it stands."""
         with self._lock:
@@ -89,12 +90,9 @@ class Power(Part):
             self._out_joules += joules
             self._book.add(kind, joules, self._clock())
 
-    def answered(self, given: "Given") -> None:
-        """A local answer was given."""
-        self.spent("answer", given.seconds, threads=self._threads)
-
-    def changed(self, state: str) -> None:
-        """An answer changed later: costs nothing here."""
+    def worked(self, seconds: float, spare: bool) -> None:
+        """The model computed: for somebody who asked, or spare samples."""
+        self.spent("agree" if spare else "answer", seconds, threads=self._threads)
 
     def watts(self, kind: Kind, *, threads: int = 1) -> float:
         """What a kind of work takes."""
@@ -220,36 +218,6 @@ class Power(Part):
     def _clear(self, now: float) -> float:
         """The clear sky; none where the clock is not set, since nobody knows where the sun stands."""
         return rules.clear_watts(self.plant, now) if now >= BUILT_AT else 0.0
-
-
-class Watches:
-    """Several who count answers, as one: see `node.answering.Watch`."""
-
-    def __init__(self, *watches: "Watch") -> None:
-        self._watches = watches
-
-    def answered(self, given: "Given") -> None:
-        """A local answer was given."""
-        for watch in self._watches:
-            watch.answered(given)
-
-    def changed(self, state: str) -> None:
-        """A reply, the operator or the clock changed an answer."""
-        for watch in self._watches:
-            watch.changed(state)
-
-
-def counted(samples: "Samples", power: Power) -> "Samples":
-    """The same samples, their joules counted as self-agreement."""
-
-    def take(task: "Task", prompt: str, n: int, temperature: float) -> "list[Generation]":
-        begun = time.monotonic()
-        try:
-            return samples(task, prompt, n, temperature)
-        finally:
-            power.spent("agree", time.monotonic() - begun)
-
-    return take
 
 
 def power_of(settings: "NodeSettings", clock: Callable[[], float] = time.time) -> Power:
