@@ -178,7 +178,8 @@ class Ledger:
         """Apply a node's word about itself. Returns whether it changed anything.
 
         Ignored: any word of a boot before the current one (a late death), and within a boot a sequence that is not higher than the
-        last one. A death ("lost") of the current boot always counts: the broker sends it with the sequence of the connection's start.
+        last one. A death ("lost") counts for the current boot and connection, whatever its sequence: the broker speaks it with the words of
+        the connection's start. After a goodbye ("stopped", "sleeping") it says nothing new: a panel at night is no alarm.
 
         Raises:
             BadInput: a name, text or number out of bounds.
@@ -187,6 +188,7 @@ class Ledger:
         boot = _short(status.boot, 64, "boot")
         row: dict[str, Any] = {
             "role": _short(status.role, 32, "role"), "state": status.state, "boot": boot, "sequence": _count(status.sequence),
+            "connection": _count(status.connection),
             "release": _count(status.release), "model_digest": _short(status.model_digest, 64, "model_digest"),
             "adapter_digest": _short(status.adapter_digest, 64, "adapter_digest"), "at": _count(status.at),
             "sleeping_until": _count(status.sleeping_until), "answered": _count(status.answered), "escalated": _count(status.escalated),
@@ -452,7 +454,7 @@ def _follows(connection: sa.Connection, known: sa.RowMapping, node: str, status:
     """Whether `status` is news after the row we hold."""
     if status.boot == known["boot"]:
         if status.state == "lost":
-            return bool(known["state"] != "lost")
+            return known["state"] not in ("lost", "stopped", "sleeping") and bool(status.connection >= known["connection"])
         return bool(status.sequence > known["sequence"])
     earlier = sa.select(boots.c.id).where(boots.c.node == node, boots.c.boot == status.boot)
     return connection.scalar(earlier) is None  # a boot we have seen before and left is over

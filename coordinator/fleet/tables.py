@@ -19,6 +19,7 @@ nodes = Table(
     Column("state", String(32), nullable=False),
     Column("boot", String(64), nullable=False),
     Column("sequence", BigInteger, nullable=False),
+    Column("connection", BigInteger, nullable=False, server_default="0"),
     Column("release", BigInteger, nullable=False),
     Column("model_digest", Digest, nullable=False),
     Column("adapter_digest", Digest, nullable=False),

@@ -123,6 +123,21 @@ class LedgerContract:
         assert ledger.seen_status(status(0, state="lost"), NOW + 100)
         assert [node(ledger)[key] for key in ("state", "answered", "release", "last_seen")] == ["lost", 12, 2, NOW]
 
+    def test_a_late_death_of_an_earlier_connection_does_not_bury_the_living(self, ledger):
+        ledger.seen_status(status(7, connection=1), NOW)
+        ledger.seen_status(status(8, connection=2), NOW + 60)
+
+        assert not ledger.seen_status(status(0, state="lost", connection=1), NOW + 61)
+        assert node(ledger)["state"] == "answering"
+        assert ledger.seen_status(status(0, state="lost", connection=2), NOW + 62)
+
+    @pytest.mark.parametrize("goodbye", ["sleeping", "stopped"])
+    def test_a_death_after_a_goodbye_is_no_alarm(self, ledger, goodbye):
+        ledger.seen_status(status(7, state=goodbye, connection=1), NOW)
+
+        assert not ledger.seen_status(status(0, state="lost", connection=1), NOW + 90)
+        assert node(ledger)["state"] == goodbye
+
     def test_a_node_that_was_lost_and_reconnects_is_alive_again(self, ledger):
         ledger.seen_status(status(7), NOW)
         ledger.seen_status(status(0, state="lost"), NOW + 100)
