@@ -31,6 +31,11 @@ class Link(Part):
         """Whether so many bytes may be spent today."""
         return self.meter.may_spend(cost, what)
 
+    def reload(self, settings: NodeSettings) -> None:
+        """Another number of bytes a day; the class stays, since sessions were opened by it."""
+        self.rules = settings.link_rules
+        self.meter.obey(self.rules)
+
     def sweep(self) -> None:
         """Remember what was spent."""
         self.meter.keep()

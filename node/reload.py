@@ -4,24 +4,24 @@ Everything that is not listed needs a restart, and is named to the operator rath
 not pass `node.settings.check`: a broken file changes nothing.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from node.settings import NodeSettings
 
-LIVE = frozenset({"model.budget", "peers.deadline_s", "update.poll_s"})  # single keys
-LIVE_SECTIONS = frozenset(
-    {"confidence", "limits", "learn", "spool"}
-)  # whole sections; a new part adds its own here and takes them in `Part.reload`
-NEVER = frozenset({"spool.folder", "confidence.agree"})  # in a live section, and yet fixed
+LIVE = frozenset({"link.bytes_a_day", "model.budget", "peers.deadline_s", "update.poll_s"})  # single keys
+# whole sections; a new part adds its own here and takes them in `Part.reload`
+LIVE_SECTIONS = frozenset({"confidence", "learn", "limits", "power", "spool"})
+# in a live section, and yet fixed: what is built, or opened, at start by them
+NEVER = frozenset({"confidence.agree", "power.battery", "power.source", "spool.enabled", "spool.folder"})
 
 
 class Change(msgspec.Struct, frozen=True):
     """One setting that differs."""
 
     name: str  # "model.budget"
+    field: str  # "budget", as the structure calls it
     before: Any
     after: Any
     live: bool
@@ -30,12 +30,13 @@ class Change(msgspec.Struct, frozen=True):
 def changes(old: NodeSettings, new: NodeSettings) -> tuple[Change, ...]:
     """What differs, by name."""
     found = []
-    for section, keys in _values(old).items():
-        for key, before in keys.items():
-            after = getattr(getattr(new, section), key)
+    for section in old.__struct_fields__:
+        ours, theirs = getattr(old, section), getattr(new, section)
+        for field in msgspec.structs.fields(ours):
+            before, after = getattr(ours, field.name), getattr(theirs, field.name)
             if after != before:
-                name = f"{section}.{key}"
-                found.append(Change(name, before, after, is_live(name)))
+                name = f"{section}.{field.encode_name}"  # as it is written in the file
+                found.append(Change(name, field.name, before, after, is_live(name)))
     return tuple(found)
 
 
@@ -48,11 +49,7 @@ def merged(old: NodeSettings, found: tuple[Change, ...]) -> NodeSettings:
     """`old` with those changes that are live."""
     sections: dict[str, Any] = {}
     for change in found:
-        section, _, key = change.name.partition(".")
+        section = change.name.partition(".")[0]
         if change.live:
-            sections[section] = msgspec.structs.replace(sections.get(section, getattr(old, section)), **{key: change.after})
+            sections[section] = msgspec.structs.replace(sections.get(section, getattr(old, section)), **{change.field: change.after})
     return msgspec.structs.replace(old, **sections)
-
-
-def _values(settings: NodeSettings) -> Mapping[str, Mapping[str, Any]]:
-    return {name: msgspec.structs.asdict(getattr(settings, name)) for name in settings.__struct_fields__}

@@ -52,9 +52,9 @@ class Meter:
     """
 
     def __init__(self, engine: sa.Engine, rules: LinkRules, *, read: Callable[[], Reading] = clocks) -> None:
-        self.engine, self.rules, self._read = engine, rules, read
-        self.reserve = max(RESERVE_FLOOR, int(RESERVE_SHARE * rules.bytes_a_day)) if rules.bytes_a_day else RESERVE_UNLIMITED
+        self.engine, self._read = engine, read
         self._lock = threading.Lock()
+        self.obey(rules)
         self.total_up = self.total_down = 0  # bytes by this process, whatever the day
         metadata.create_all(engine)
         with engine.begin() as connection:
@@ -64,6 +64,12 @@ class Meter:
         self._written = self._day
         self._roll()
         self.keep()
+
+    def obey(self, rules: LinkRules) -> None:
+        """Go by these rules from now on; what was spent stays spent."""
+        with self._lock:
+            self.rules = rules
+            self.reserve = max(RESERVE_FLOOR, int(RESERVE_SHARE * rules.bytes_a_day)) if rules.bytes_a_day else RESERVE_UNLIMITED
 
     def spend(self, up: int, down: int, packets: int = 0) -> None:
         """Account for bytes of the TCP stream that went up and came down, in so many packets. Never waits."""

@@ -4,6 +4,7 @@ The TUF client and the downloader are loaded in that thread, so that a node with
 """
 
 import logging
+import math
 import random
 import threading
 from collections.abc import Callable
@@ -47,7 +48,7 @@ class Releases(Part):
         self._power = power  # None: nothing waits for it
         self._settings, self._slots, self._model, self._emit, self._clock = settings, slots, model, emit, clock
         self._root = read_root(settings)
-        self._poll_s = settings.update.poll_s
+        self._poll_s = settings.poll_s
         self._announced, self._stop = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self.updater: Updater | None = None  # made by the thread
@@ -55,8 +56,8 @@ class Releases(Part):
         self.reason = ""
 
     def start(self) -> None:
-        """Look now and then, if there is an address."""
-        if self._settings.update.url:
+        """Look now and then, if there is an address and the link carries releases."""
+        if self._settings.update.url and math.isfinite(self._poll_s):
             self._thread = threading.Thread(target=self._run, name="milpa-update", daemon=True)
             self._thread.start()
 
@@ -66,7 +67,7 @@ class Releases(Part):
 
     def reload(self, settings: NodeSettings) -> None:
         """The next pause is as long as it says now."""
-        self._poll_s = settings.update.poll_s
+        self._poll_s = settings.poll_s
 
     def stop(self) -> None:
         """End the thread; a download goes on at the next start."""
@@ -99,7 +100,7 @@ class Releases(Part):
                 if (outcome.state, outcome.reason) != (self.state, self.reason):
                     log.info("releases: %s %s", outcome.state, outcome.reason)
                 self.state, self.reason = outcome.state, outcome.reason
-            self._announced.wait(self._poll_s * (1.0 - POLL_JITTER * random.random()))
+            self._announced.wait(min(self._poll_s, threading.TIMEOUT_MAX) * (1.0 - POLL_JITTER * random.random()))
 
     def _why_wait(self) -> str:
         """Why files are not to be fetched now; "" when they may."""

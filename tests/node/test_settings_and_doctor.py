@@ -20,7 +20,7 @@ from node import doctor
 from node.doctor import Finding, certificates, machine, outside
 from node.doctor import model as models
 from node.doctor.machine import Places
-from node.reload import changes, is_live, merged
+from node.reload import LIVE, LIVE_SECTIONS, NEVER, changes, is_live, merged
 from node.settings import NodeSettings, located, read, secret
 from node.update.rules import BUILT_AT
 from protocol.errors import BadInput, UnknownName
@@ -91,8 +91,28 @@ def test_a_live_setting_is_taken_and_another_is_named_and_left() -> None:
     assert (taken.model.budget, taken.limits.answers, taken.api.port) == (0.1, 500, old.api.port)
 
 
+def test_every_live_setting_is_one_there_is() -> None:
+    names = {origin.name for origin in read(environment={})[1]}
+
+    assert names >= (LIVE | NEVER) and {f"{section}." for section in LIVE_SECTIONS} <= {name.partition(".")[0] + "." for name in names}
+
+
+def test_a_running_node_goes_by_what_it_was_told_anew(start: Any, tmp_path: Path) -> None:
+    daemon = start(settings(tmp_path, link__bytes_a_day=1_000_000))
+    given = {"link__bytes_a_day": 9_000, "link__class": "cellular", "power__idle_w": 2.25, "update__poll_s": 9_999.0, "model__budget": 0.01}
+
+    daemon.reload(settings(tmp_path, **given))
+
+    told = daemon.status()
+    assert (daemon.link.meter.rules.bytes_a_day, daemon.power.plant.idle_w, daemon.updated._poll_s) == (9_000, 2.25, 9_999.0)
+    assert told["settings"]["restart"] == ("link.class",) and told["link"]["class"] == "lan"
+    assert told["confidence"]["plan"] == 0.01
+
+
 def test_what_was_built_at_start_never_counts_as_live() -> None:
-    assert not any(is_live(name) for name in ("node.name", "node.state_dir", "api.host", "broker.host", "model.path", "spool.folder"))
+    fixed = ("node.name", "node.state_dir", "api.host", "broker.host", "link.class", "model.path", "power.source", "spool.enabled")
+
+    assert not any(is_live(name) for name in fixed)
 
 
 # ---- the doctor's looks, on machines built for it
