@@ -4,6 +4,7 @@ finding       what one look says: good, warn (it works, look at it), bad (do som
 machine       the clock, the disk and its wear, the supply's voltage, the temperature; paths are arguments, so tests build broken machines
 certificates  expired, soon expired, not matching their key, open to others
 outside       the port, brokers that refuse and why, the coordinator and its clock
+confidence    whether it is calibrated, and whether its budget for asking is kept
 remembered    whether the memory can do what it is set to
 upkeep        a battery that says nothing or is too small, a training that cannot run
 model         whether it fits this machine's memory, loads and speaks; whether releases still come
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from node.client import daemon_status
-from node.doctor import certificates, machine, model, outside, remembered, upkeep
+from node.doctor import certificates, confidence, machine, model, outside, remembered, upkeep
 from node.doctor.finding import Finding
 from node.settings import NodeSettings, missing_files
 from protocol.errors import MilpaError
@@ -57,6 +58,7 @@ def examine(
         *outside.topic(settings, running=running),
         *outside.spool(running),
         remembered.memory(settings, running=running),
+        confidence.confidence(running),
         *upkeep.power(settings, running=running),
         *upkeep.learning(settings, running=running),
         *outside.coordinator(settings, now()),
