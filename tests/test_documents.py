@@ -14,7 +14,14 @@ import deploy.cli
 import node.cli
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/operators-guide.md", "docs/ranch.md", "docs/cached-teacher-logits.md", "docker-compose.yml")
+DOCUMENTS = (
+    "README.md",
+    "docs/operators-guide.md",
+    "docs/power-and-learning.md",
+    "docs/ranch.md",
+    "docs/cached-teacher-logits.md",
+    "docker-compose.yml",
+)
 
 
 def programs() -> dict[str, click.Command]:

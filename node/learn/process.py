@@ -13,7 +13,7 @@ import msgspec
 
 from node.learn import session
 from node.settings import NodeSettings
-from protocol.errors import MilpaError
+from protocol.errors import MilpaError, Unavailable
 from protocol.lines import first_line
 
 TOLD_EVERY = 10  # steps
@@ -66,7 +66,7 @@ def main() -> None:
         verdict = session.judge(job.settings, interrupted=end.is_set) if job.settings.learn.site_adapter else None
         if verdict is not None:
             say("judged", verdict.reason)
-    except Interrupted as error:
+    except (Interrupted, Unavailable) as error:  # the second: another training runs here, by hand perhaps
         say("interrupted", str(error))
     except MilpaError as error:
         say("failed", str(error))

@@ -5,6 +5,7 @@
 Every step leaves its result on disk before the next begins, and finds it there when it is asked again.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -136,12 +137,11 @@ def rehearsal(active: ActiveRelease) -> list[Record]:
 
 def humble() -> None:
     """Make this process give way to every other one: processor, disk, and memory (it is killed first, and goes on later)."""
-    os.nice(max(0, HUMBLE - os.nice(0)))
+    with contextlib.suppress(OSError):  # a sandbox may forbid even this
+        os.nice(max(0, HUMBLE - os.nice(0)))
     for file, value in (("/proc/self/autogroup", str(HUMBLE)), ("/proc/self/oom_score_adj", "1000")):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without it, or a container that forbids it
             Path(file).write_text(value, encoding="ascii")
-        except OSError:
-            continue  # a kernel without it, or a container that forbids it: nice alone must do
     if ionice := shutil.which("ionice"):
         subprocess.run([ionice, "-c", "3", "-p", str(os.getpid())], check=False, capture_output=True, timeout=10)
 
