@@ -203,6 +203,8 @@ class Daemon:
                 "outbox_messages", "Messages that wait for the broker or the coordinator", lambda: float(messaging.waiting())
             )
             self.metrics.watch("broker_connected", "1 while the broker has us", lambda: float(messaging.connected))
+            self.metrics.watch("open_questions", "Questions to peers without an outcome", lambda: float(messaging.open_questions))
+            self.metrics.watch("questions_to_answer", "Questions of others that wait here", lambda: float(messaging.to_answer))
         for part in self.parts:
             for figure in part.figures():
                 self.metrics.watch(*figure)

@@ -4,6 +4,7 @@ finding       what one look says: good, warn (it works, look at it), bad (do som
 machine       the clock, the disk and its wear, the supply's voltage, the temperature; paths are arguments, so tests build broken machines
 certificates  expired, soon expired, not matching their key, open to others
 outside       the port, brokers that refuse and why, the coordinator and its clock
+peers         whether anybody who is asked can help
 confidence    whether it is calibrated, and whether its budget for asking is kept
 remembered    whether the memory can do what it is set to
 upkeep        a battery that says nothing or is too small, a training that cannot run
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from node.client import daemon_status
-from node.doctor import certificates, confidence, machine, model, outside, remembered, upkeep
+from node.doctor import certificates, confidence, machine, model, outside, peers, remembered, upkeep
 from node.doctor.finding import Finding
 from node.settings import NodeSettings, missing_files
 from protocol.errors import MilpaError
@@ -55,6 +56,7 @@ def examine(
         found.append(model.speaks(settings, running=running))
     found += [
         outside.broker(settings, running=running),
+        *peers.asked(settings, running=running),
         *outside.topic(settings, running=running),
         *outside.spool(running),
         remembered.memory(settings, running=running),
