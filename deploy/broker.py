@@ -37,6 +37,7 @@ HASH_ROUNDS = 101  # mosquitto_passwd's own count; the passwords are 32 random c
 COORDINATOR = "coordinator"
 
 Program = Literal["mosquitto", "iotcore"]
+Named = Mapping[str, Sequence[str]]  # names that belong to a name
 
 
 class Tls(NamedTuple):
@@ -96,12 +97,14 @@ def mosquitto_conf(
     return "\n".join(lines) + "\n"
 
 
-def mosquitto_access(groups: Mapping[str, Sequence[str]] | None = None) -> str:
+def mosquitto_access(groups: Named | None = None, gateways: Named | None = None) -> str:
     """The access list for the topics of `protocol/topics.py`: `%u` is the user name, which is the node's name.
 
     Args:
         groups: of base stations, name to members: only those may read the questions to the group. Anybody may ask it.
+        gateways: of radios, name to the nodes they speak for: what those may say and hear themselves, the gateway may for them.
     """
+    spoken_for = [line for gateway, nodes in sorted((gateways or {}).items()) for line in _gateway_access(gateway, nodes)]
     members = [
         line
         for group, names in sorted((groups or {}).items())
@@ -123,13 +126,25 @@ def mosquitto_access(groups: Mapping[str, Sequence[str]] | None = None) -> str:
             "pattern read milpa/v1/node/%u/ack",
             "pattern read milpa/v1/node/%u/reply/+",
             "pattern read milpa/v1/peer/%u/question/+",
+            "pattern write milpa/v1/radio/%u/up",
+            "pattern read milpa/v1/radio/%u/down",
             "",
             *members,
+            *spoken_for,
             f"user {COORDINATOR}",
             "topic readwrite milpa/#",
             "",
         )
     )
+
+
+def _gateway_access(gateway: str, nodes: Sequence[str]) -> list[str]:
+    lines = [f"user {checked_name(gateway)}"]
+    for node in sorted(checked_name(name) for name in nodes):
+        lines += [f"topic read milpa/v1/radio/{node}/up", f"topic write milpa/v1/radio/{node}/down"]
+        lines += [f"topic write milpa/v1/node/{node}/{what}" for what in ("status", "alive")]
+        lines += [f"topic write milpa/v1/peer/+/question/{node}", f"topic read milpa/v1/node/{node}/reply/+"]
+    return [*lines, ""]
 
 
 def password_line(user: str, password: str, *, salt: bytes | None = None) -> str:
@@ -153,7 +168,8 @@ def write_mosquitto(
     users: Mapping[str, str],
     host: str = "127.0.0.1",
     tls: Tls | None = None,
-    groups: Mapping[str, Sequence[str]] | None = None,
+    groups: Named | None = None,
+    gateways: Named | None = None,
 ) -> Path:
     """Write configuration, access list and password file into `folder`; returns the configuration's path.
 
@@ -169,7 +185,7 @@ def write_mosquitto(
         user="root" if os.geteuid() == 0 else "",
     )  # fmt: skip
     (folder / "passwords").touch(mode=0o600)
-    write_atomically(folder / "access", mosquitto_access(groups).encode())
+    write_atomically(folder / "access", mosquitto_access(groups, gateways).encode())
     write_atomically(folder / "passwords", "".join(password_line(*pair) + "\n" for pair in sorted(users.items())).encode())
     (folder / "passwords").chmod(0o600)
     write_atomically(folder / "mosquitto.conf", conf.encode())
@@ -221,12 +237,13 @@ def prepare(
     tls: Tls | None = None,
     program: Program | None = None,
     tell: Callable[[str], None] | None = None,
-    groups: Mapping[str, Sequence[str]] | None = None,
+    groups: Named | None = None,
+    gateways: Named | None = None,
 ) -> tuple[Program, list[str]]:
     """Write what the broker reads; returns which program it is and the command that runs it in the foreground.
 
     Args:
-        groups: see `mosquitto_access`.
+        groups, gateways: see `mosquitto_access`.
         program: insist on one; None takes mosquitto where it is installed.
         tell: gets the line that says what a fallback cannot do; None prints it to stderr.
 
@@ -242,7 +259,8 @@ def prepare(
     if program == "mosquitto":
         if mosquitto is None:
             raise NotEnough("mosquitto is not installed: apt install mosquitto")
-        return program, [mosquitto, "-c", str(write_mosquitto(folder, port=port, users=users, host=host, tls=tls, groups=groups))]
+        conf = write_mosquitto(folder, port=port, users=users, host=host, tls=tls, groups=groups, gateways=gateways)
+        return program, [mosquitto, "-c", str(conf)]
     if importlib.util.find_spec("iotcore") is None:
         raise NotEnough("no MQTT broker on this machine: apt install mosquitto, or for a simulation: pip install iotcore")
     (tell or (lambda line: stderr.print(line, style="bold red")))(SIMULATION_ONLY)
@@ -285,9 +303,10 @@ class Broker:
         tls: Tls | None = None,
         program: Program | None = None,
         tell: Callable[[str], None] | None = None,
-        groups: Mapping[str, Sequence[str]] | None = None,
+        groups: Named | None = None,
+        gateways: Named | None = None,
     ) -> None:
-        self.groups = groups
+        self.groups, self.gateways = groups, gateways
         self.folder, self.host, self.port, self.users, self.tls = folder, host, port, dict(users), tls
         self._program, self._tell = program, tell
         self.program: Program | None = None
@@ -310,6 +329,7 @@ class Broker:
             program=self._program,
             tell=self._tell,
             groups=self.groups,
+            gateways=self.gateways,
         )
         log = self.folder / "broker.log"
         with log.open("ab") as output:

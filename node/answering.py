@@ -240,9 +240,10 @@ class Answering:
             return "refused"
         same = answer.verdict == row.verdict if row.verdict else answer.text == row.text
         state: State = "confirmed" if same else "upgraded"
-        _change(session, row, state=state, by=f"peer:{reply.peer}", answer=answer, now=now)
+        bare = bool(answer.verdict) and not answer.sentence  # by radio: a code without its sentence
+        _change(session, row, state=state, by=f"peer:{reply.peer}", answer=None if bare and same else answer, now=now)
         weight = min(1.0, max(PEER_WEIGHT_FLOOR, reply.confidence))
-        self._learn(session, row, weight=weight, partial=False, now=now)
+        self._learn(session, row, weight=weight, partial=bare, now=now)
         self._report(session, state, row, reply, now)
         return state
 

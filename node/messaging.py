@@ -9,16 +9,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
+import sqlalchemy as sa
 
 from node.engine.worker import Worker
 from node.escalation import presence
 from node.escalation.asking import Asker
 from node.escalation.choosing import Me
+from node.escalation.radio import Gateway, Radio, stored_prompt
 from node.escalation.reporting import Reporter
 from node.escalation.serving import Server, with_worker
 from node.link import Link
 from node.settings import NodeSettings, located, secret
-from node.store import Store
+from node.store import AnswerRow, Store
 from protocol import topics
 from protocol.codec import decode_message
 from protocol.errors import MalformedMessage
@@ -53,23 +55,28 @@ class Messaging:
         name, broker, peers = settings.node.name, settings.broker, settings.peers
         self.name, self.host, self.port = name, broker.host, broker.port
         self._settings, self._store, self._worker, self._describe, self._clock = settings, store, worker, describe, clock
+        by_radio = settings.link_rules.frames_only
         password = secret(broker.password_file, what="broker.password_file")
         ca, cert, key = (located(file) if file else None for file in (broker.ca_file, broker.cert_file, broker.key_file))
         self.session = Session(
             name, broker.host, broker.port, username=broker.username or (name if password else ""), password=password,
-            will=lambda connection: presence.will(name, boot, connection, role=settings.node.role), will_delay=WILL_DELAY_S,
+            will=None if by_radio else lambda connection: presence.will(name, boot, connection, role=settings.node.role),
+            will_delay=WILL_DELAY_S,
             ca_file=ca, cert_file=cert, key_file=key, on_parked=self._keep, keepalive=int(settings.link_rules.keepalive_s),
             backoff_cap=settings.link_rules.backoff_cap_s, meter=link.meter if link else None,
         )  # fmt: skip
         self.outbox = Outbox(store.engine, clock=clock)
         self.session.on_connected(lambda _: self.outbox.connected(self.session.maximum_packet))
-        self._drain = Drain(self.outbox, self.session, meter=link.meter if link else None)
+        self._radio = self._by_radio() if by_radio else None
+        self._drain = Drain(self.outbox, self._radio or self.session, meter=link.meter if link else None)
         self._reporter = Reporter(name, self.outbox, engine=store.engine, clock=clock)
-        self._voice = presence.Voice(name, boot, self.session, self._say, heartbeat=settings.heartbeat_s, clock=clock)
+        self._voice = presence.Voice(name, boot, self._radio or self.session, self._say, heartbeat=settings.heartbeat_s, clock=clock)
         self._presence = presence.Presence()
         self.asker: Asker | None = None  # None: nobody may be asked
         self._server: Server | None = None
-        self.session.subscribe(topics.ack(name), self._reporter.acknowledged)
+        self._gateway = self._for_radios() if settings.link.radio else None
+        if not by_radio:
+            self.session.subscribe(topics.ack(name), self._reporter.acknowledged)
         if peers.ask or peers.ask_groups:
             self._ask_others()
         if peers.serve:
@@ -80,10 +87,12 @@ class Messaging:
         listens_to_all = bool(peers.ask_groups)  # who is in a group, its members say in their status
         self.asker = Asker(
             self.name, peers.ask, self.outbox, engine=self._store.engine, presence=self._presence, reporter=self._reporter,
-            groups=peers.ask_groups, refuse=self._distrust, meet=None if listens_to_all else self._listen_to, me=self._me,
+            groups=peers.ask_groups, refuse=self._distrust, meet=None if listens_to_all or self._radio else self._listen_to, me=self._me,
             linked=lambda: self.session.connected, votes=peers.votes, quorum=peers.quorum, patience=peers.patience_s,
             deadline_s=peers.deadline_s, clock=self._clock,
         )  # fmt: skip
+        if self._radio:
+            return
         if listens_to_all:
             self.session.subscribe(topics.ALL_STATUS, self._presence.hear)
             self.session.subscribe(topics.ALL_ALIVE, self._presence.hear_alive)
@@ -112,11 +121,15 @@ class Messaging:
         """
 
         def announced(message: Incoming) -> None:
-            if not isinstance(decode_message(message.payload), ReleaseNotice):
+            notice = decode_message(message.payload)
+            if not isinstance(notice, ReleaseNotice):
                 raise MalformedMessage(f"{message.topic} carries something other than a release notice")
+            if self._gateway:
+                self._gateway.announce(notice)
             on_release()
 
-        self.session.subscribe(topics.RELEASE, announced)
+        if not self._radio:
+            self.session.subscribe(topics.RELEASE, announced)
         if self.asker:
             self.asker.apply, self.asker.unanswered = self._or_relay(apply), self._or_own(unanswered)
         self.session.start()
@@ -201,6 +214,33 @@ class Messaging:
             return Me()
         engine = speaker.engine
         return Me(engine.model_digest, engine.adapter_digest, engine.parameters)
+
+    def _by_radio(self) -> Radio:
+        """This node's end of a radio: frames instead of messages, and nothing else."""
+        radio = Radio(
+            self.name, self.session, peers=self._settings.peers.ask, task=lambda: self._settings.model.task, vouch=self._vouch,
+            digest_of=lambda question: self.asker.digest_of(question) if self.asker else None, clock=self._clock,
+        )  # fmt: skip
+
+        def heard(message: Incoming) -> None:
+            reply = radio.heard(message)
+            if reply is not None and self.asker:
+                self.asker.heard(reply)
+
+        self.session.subscribe(topics.radio_down(self.name), heard)
+        return radio
+
+    def _vouch(self, peer: str, model: str) -> None:
+        """The gateway says with which model a peer spoke; over a radio nothing else is heard of peers."""
+        self._presence.note(Status(peer, "radio", time.monotonic_ns(), "answering", model_digest=model))
+
+    def _for_radios(self) -> Gateway:
+        """The other end: this node speaks for those on a radio, from the prompts it has answered itself."""
+        prompts = sa.select(AnswerRow.prompt).order_by(AnswerRow.row.desc())
+        return Gateway(
+            self.session, self.outbox, self._settings.link.radio, peers=(self.name, *self._settings.peers.ask),
+            prompt_of=stored_prompt(self._store.engine, prompts), tasks=lambda: (self._settings.model.task,), clock=self._clock,
+        )  # fmt: skip
 
     def _listen_to(self, peer: str) -> None:
         self.session.subscribe(topics.status(peer), self._presence.hear)

@@ -86,7 +86,7 @@ class Link(msgspec.Struct, frozen=True):
 
     class_: LinkClass = msgspec.field(default="lan", name="class")
     bytes_a_day: int = 0  # both directions, headers included; 0: what the class says (lan: no limit)
-    gateway: str = ""  # class lora: the node at the other end of the radio; it speaks for us
+    radio: tuple[str, ...] = ()  # nodes on a radio that this node speaks for, as their gateway
 
 
 class Peers(msgspec.Struct, frozen=True):
@@ -323,8 +323,10 @@ def check(settings: NodeSettings) -> None:
         raise BadInput(f"topic.answers is {settings.topic.answers!r}; answers are published to one topic, without + and #")
     if settings.model.path and settings.update.url:
         raise BadInput("model.path fixes the model and update.url replaces it: set one of them")
-    if settings.link_rules.frames_only and not settings.link.gateway:
-        raise BadInput("link.class lora needs link.gateway: the name of the node at the other end of the radio, which speaks for this one")
+    for name in settings.link.radio:
+        checked_name(name, what="link.radio")
+    if settings.link_rules.frames_only and (settings.peers.serve or settings.link.radio):
+        raise BadInput("link.class lora carries verdicts one way only: a node on a radio cannot set peers.serve or link.radio")
     if settings.peers.ask and not settings.broker.host:
         raise BadInput("peers.ask names peers, but broker.host is empty: questions travel through the broker")
     if settings.peers.ask_groups and not settings.broker.host:

@@ -8,6 +8,8 @@ milpa/v1/node/NODE/ack                  Ack             coordinator -> node
 milpa/v1/peer/PEER/question/ASKER       Question        node -> peer                response topic, correlation data, expiry
 milpa/v1/group/GROUP/question/ASKER     Question        node -> one of the group    the same; the group's members share one subscription
 milpa/v1/node/ASKER/reply/PEER          Reply           peer -> node                correlation data
+milpa/v1/radio/NODE/up                  any frame       node -> its gateway         (`frames.py`)
+milpa/v1/radio/NODE/down                any frame       gateway -> node
 """
 
 from protocol.names import checked_name
@@ -77,3 +79,13 @@ def covers(topic_filter: str, topic: str) -> bool:
         if index >= len(have) or level not in ("+", have[index]):
             return False
     return len(wanted) == len(have)
+
+
+def radio_up(node: str) -> str:
+    """What a node on a radio says."""
+    return f"milpa/v1/radio/{checked_name(node)}/up"
+
+
+def radio_down(node: str) -> str:
+    """What its gateway says to it."""
+    return f"milpa/v1/radio/{checked_name(node)}/down"

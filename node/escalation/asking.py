@@ -214,6 +214,11 @@ class Asker:
                 self._take(connection, row, reply)
         self.decide(reply.question)
 
+    def digest_of(self, question: str) -> str | None:
+        """The digest of an open question's prompt; None: it is not open."""
+        with self.engine.begin() as connection:
+            return connection.scalar(sa.select(questions.c.prompt_digest).where(questions.c.id == question))
+
     def decide(self, question: str) -> None:
         """Act on a question if its replies suffice. Safe to repeat."""
         for _ in range(len(self.peers) + len(self.groups) + 1):  # each round without an outcome has one peer less to hope for

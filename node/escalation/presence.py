@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -22,7 +22,7 @@ from protocol import frames, topics
 from protocol.codec import decode_message, encode
 from protocol.errors import MalformedMessage, MilpaError
 from protocol.messages import State, Status
-from protocol.mqtt import Incoming, Session
+from protocol.mqtt import Incoming
 
 SILENT_S = 1_000.0  # seconds without a word; three heartbeats of five minutes and a little
 GOODBYE_S = 2.0  # seconds for the last word
@@ -46,6 +46,26 @@ def will(node: str, boot: str, connection: int, *, role: str = "student") -> tup
     return topics.status(node), encode(Status(node=node, boot=boot, sequence=0, state="lost", connection=connection, role=role))
 
 
+class Says(Protocol):
+    """What a voice needs of `protocol.mqtt.Session`, or of a radio."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether it could be heard now."""
+
+    @property
+    def connection(self) -> int:
+        """Number of the connection."""
+
+    def on_connected(self, listener: Callable[[bool], None], /) -> None:
+        """Have `listener` called at every connection."""
+
+    def publish(
+        self, topic: str, payload: bytes, /, *, retain: bool = ..., expiry: int | None = ..., timeout: float = ..., content_type: str = ...
+    ) -> None:
+        """Say it, and wait until the broker has it."""
+
+
 class Voice:
     """Says how this node is.
 
@@ -58,7 +78,7 @@ class Voice:
         self,
         node: str,
         boot: str,
-        session: Session,
+        session: Says,
         describe: Callable[[], Status],
         *,
         heartbeat: float = 300.0,

@@ -18,6 +18,8 @@ TOPICS = {
     "release": topics.RELEASE,
     "status": topics.status("n"),
     "alive": topics.alive("n"),
+    "radioUp": topics.radio_up("n"),
+    "radioDown": topics.radio_down("n"),
     "event": topics.event("n"),
     "ack": topics.ack("n"),
     "question": topics.question("p", "a"),
@@ -60,7 +62,7 @@ def test_a_message_has_the_same_fields_types_and_defaults_in_both(kind):
 
 
 def test_there_are_no_other_messages():
-    names = {kind.__name__ for kind in KINDS} | {"AliveFrame"}
+    names = {kind.__name__ for kind in KINDS} | {"AliveFrame", "Frame"}
 
     assert set(DOCUMENT["components"]["schemas"]) == set(DOCUMENT["components"]["messages"]) == names
     assert {name for channel in DOCUMENT["channels"].values() for name in channel["messages"]} == names
@@ -94,10 +96,11 @@ def test_every_channel_has_an_operation_and_every_reference_leads_somewhere():
 
 
 @pytest.mark.rule("message-2")
-def test_the_heartbeats_size_is_the_frames():
+def test_the_sizes_of_frames_in_it_are_the_ones_in_the_code():
     frame = frames.encode(frames.Alive(b"boot", 1))
 
     assert DOCUMENT["components"]["schemas"]["AliveFrame"]["minLength"] == len(frame)
+    assert DOCUMENT["components"]["schemas"]["Frame"]["maxLength"] == frames.FRAME_LIMIT
 
 
 def test_the_figures_in_it_are_the_ones_in_the_code():
