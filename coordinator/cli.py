@@ -7,7 +7,7 @@ import typer
 
 from protocol.console import run
 
-COMMANDS = ("ranch", "capture", "synthesise", "distill", "evaluate", "publish", "round", "superlink", "serve")
+COMMANDS = ("ranch", "capture", "synthesise", "distill", "evaluate", "calibrate", "publish", "round", "superlink", "serve")
 
 app = typer.Typer(
     pretty_exceptions_enable=False,  # a traceback with local values would show secrets in a log

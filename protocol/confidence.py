@@ -61,6 +61,7 @@ DEFAULT_BUDGET = 0.25  # share of questions; where the literature's cascades mat
 UNCALIBRATED_THRESHOLD = 0.5
 VERDICT_RIGHT = "verdict is right"
 CALIBRATION_LIMIT = 64 * 1024  # bytes of the JSON file; a real one is 3 to 12 kB
+VERDICT_TOKENS = 16  # the longest code and its colon
 TREES_LIMIT = 200
 TREE_DEPTH = 4  # so at most 16 values a tree
 
@@ -158,6 +159,11 @@ def repetition(tokens: Sequence[int]) -> float:
     """Share of adjacent token pairs that had already stood in the answer; 0 for a single token."""
     pairs = list(itertools.pairwise(tokens))
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def sample_tokens(task: Task) -> int:
+    """How long a sample need be for `agreement`: a verdict is said in its first tokens."""
+    return min(VERDICT_TOKENS, task.max_new_tokens) if task.codes else task.max_new_tokens
 
 
 def agreement(text: str, samples: Sequence[str], task: Task) -> float:

@@ -38,6 +38,7 @@ from protocol.confidence import (
     confidence,
     features,
     meaning,
+    sample_tokens,
 )
 from protocol.digests import digest_bytes
 from protocol.errors import MilpaError
@@ -49,7 +50,6 @@ OUTCOMES_READ = 4_000
 REFIT_S = 3_600.0  # seconds between looks at what was confirmed
 ENVELOPE_BYTES = 900  # of a question and its reply beside the prompt: two JSON messages, MQTT, TLS and TCP headers; a stated estimate
 AGREE_BAND = 2.0  # samples are taken of answers among the least sure `AGREE_BAND * planned share`; elsewhere they decide nothing
-VERDICT_TOKENS = 16  # the longest code and its colon
 SAMPLES_S = 5.0  # seconds that samples may take
 RECENT = 1_000  # answers over which the realised share is told
 
@@ -311,13 +311,13 @@ class Judge(Part):
 
 
 def samples_of(worker: Worker) -> Samples:
-    """The active model's own samples, when nobody waits for it. A verdict is said in its first tokens."""
+    """The active model's own samples, when nobody waits for it."""
 
     def samples(task: Task, prompt: str, count: int, temperature: float) -> list[Generation]:
-        tokens = min(VERDICT_TOKENS, task.max_new_tokens) if task.codes else task.max_new_tokens
         return worker.sample(
-            task.name, prompt, n=count, temperature=temperature, seed=0, max_new_tokens=tokens, deadline_s=SAMPLES_S, form=task.form
-        )
+            task.name, prompt, n=count, temperature=temperature, seed=0, max_new_tokens=sample_tokens(task), deadline_s=SAMPLES_S,
+            form=task.form,
+        )  # fmt: skip
 
     return samples
 
