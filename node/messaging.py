@@ -232,7 +232,7 @@ class Messaging:
 
     def _vouch(self, peer: str, model: str) -> None:
         """The gateway says with which model a peer spoke; over a radio nothing else is heard of peers."""
-        self._presence.note(Status(peer, "radio", time.monotonic_ns(), "answering", model_digest=model))
+        self._presence.note(Status(peer, "radio", time.monotonic_ns(), "answering", model_digest=model, serves=True))
 
     def _for_radios(self) -> Gateway:
         """The other end: this node speaks for those on a radio, from the prompts it has answered itself."""

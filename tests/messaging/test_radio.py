@@ -228,6 +228,9 @@ def test_an_unsure_node_on_a_radio_is_upgraded_by_its_base_and_says_nothing_but_
             eventually(lambda: site.rows()["pump 2 A, no flow"][0] == "upgraded", site.rows)
             eventually(lambda: site.rows()["something only the site has seen"][0] == "unconfirmed", site.rows)
             eventually(lambda: topics.status("esteli") in said)
+            base.asks("pump 3 A, no flow")  # a peer that was heard of by its verdict alone is asked again
+            site.asks("pump 3 A, no flow")
+            eventually(lambda: site.rows()["pump 3 A, no flow"][0] == "upgraded", site.rows)
         finally:
             for one in (site, base, watcher):
                 one.stop()
