@@ -3,7 +3,7 @@
 finding       what one look says: good, warn (it works, look at it), bad (do something)
 machine       the clock, the disk and its wear, the supply's voltage, the temperature; paths are arguments, so tests build broken machines
 certificates  expired, soon expired, not matching their key, open to others
-outside       the port, brokers that refuse and why, the coordinator and its clock
+outside       the port, brokers that refuse and why, what the link has left for today, the coordinator and its clock
 peers         whether anybody who is asked can help
 confidence    whether it is calibrated, and whether its budget for asking is kept
 remembered    whether the memory can do what it is set to
@@ -36,9 +36,10 @@ def examine(
     """All looks, in the order in which to repair.
 
     Args:
-        running: the status of the node that runs here; None: ask for it.
+        running: the status of the node that runs here, by itself: then nothing is connected to, its own words stand; None: ask for it.
         places: where the kernel tells about the machine.
     """
+    inside = running is not None
     running = _running(settings) if running is None else running
     places = places or machine.Places()
     found = [
@@ -56,6 +57,7 @@ def examine(
         found.append(model.speaks(settings, running=running))
     found += [
         outside.broker(settings, running=running),
+        *outside.link(running),
         *peers.asked(settings, running=running),
         *outside.topic(settings, running=running),
         *outside.spool(running),
@@ -63,7 +65,7 @@ def examine(
         confidence.confidence(running),
         *upkeep.power(settings, running=running),
         *upkeep.learning(settings, running=running),
-        *outside.coordinator(settings, now()),
+        *(outside.updates(running) if inside else outside.coordinator(settings, now())),
         model.release(settings, now(), running=running),
         *model.trust(settings, now()),
     ]

@@ -65,6 +65,21 @@ def broker(settings: NodeSettings, *, running: dict[str, Any]) -> Finding:
     return asked("broker", settings.broker, settings.node.name, problem=problem, waiting=waiting)
 
 
+def link(running: dict[str, Any]) -> list[Finding]:
+    """What today's bytes still reach for, where the running node's link limits them; and what no connection survives."""
+    told, broker, found = running.get("link"), running.get("broker"), []
+    if isinstance(told, dict) and told.get("bytes_a_day"):
+        spent = f"{told['up_bytes'] + told['down_bytes']} of {told['bytes_a_day']} bytes of this day on a {told['class']} link"
+        advice = "messages wait, the most important first; allow more with link.bytes_a_day, or look what talks so much"
+        found.append(Finding("link", "warn" if told.get("problem") else "good", spent, advice if told.get("problem") else ""))
+    if isinstance(broker, dict) and broker.get("set_aside"):
+        what = f"{broker['set_aside']} messages ended connections and are tried once an hour"
+        found.append(
+            Finding("link", "warn", what, "a broker's limit, or a very bad link; those that never leave are parked with the reason")
+        )
+    return found
+
+
 def topic(settings: NodeSettings, *, running: dict[str, Any]) -> list[Finding]:
     """Whether the site's own broker takes this node, where one is named."""
     if not settings.topic.host:
@@ -153,6 +168,19 @@ def coordinator(settings: NodeSettings, now: float) -> list[Finding]:
         side = "ahead of" if skew > 0 else "behind"
         return [Finding("coordinator", "warn", f"this clock is {_span(abs(skew))} {side} the coordinator's", "set the one that is wrong")]
     return [Finding("coordinator", "good", f"{settings.update.url} answers; the clocks agree")]
+
+
+def updates(running: dict[str, Any]) -> list[Finding]:
+    """How the running node's last look for a release ended."""
+    told = running.get("update")
+    if not isinstance(told, dict) or not told.get("url"):
+        return []
+    state, reason = told.get("state"), str(told.get("reason") or "")
+    if state == "refused":
+        return [Finding("coordinator", "bad", reason, "look at the coordinator's rollout and at this node's clock; answers go on")]
+    if state == "waiting":
+        return [Finding("coordinator", "warn", reason, "updates wait; answers go on")]
+    return [Finding("coordinator", "good", f"the last look for a release ended well ({state})")]
 
 
 def _told(told: object) -> str | None:

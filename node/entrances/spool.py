@@ -120,7 +120,6 @@ class SpoolFolder(Part):
                 rounds += 1
                 if rounds % PRUNE_ROUNDS == 1:
                     self._prune()
-                self._problem = self._too_full()
             except _Ended:
                 return
             except (Unavailable, OSError, DBAPIError) as error:  # no model, a full disk: the file stays and the next round tries again
@@ -150,12 +149,15 @@ class SpoolFolder(Part):
         """One round: what is in `work/` first, then every quiet file in `in/`, oldest first."""
         for path in sorted(_files(self.root / "work")):
             self._answer(path)
-        for path in self._quiet():
-            if self._stop.is_set() or self._too_full():
+        quiet = self._quiet()
+        self._problem = self._too_full() if quiet else ""  # counted only when there is something to take: 10,000 names are 10 ms
+        for path in quiet:
+            if self._stop.is_set() or self._problem:
                 return
             claimed = self.root / "work" / path.name
             path.replace(claimed)
             self._answer(claimed)
+            self._problem = self._too_full()
 
     def _quiet(self) -> list[Path]:
         """Files in `in/` that have not changed for a moment, oldest first."""

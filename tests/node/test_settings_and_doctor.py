@@ -306,6 +306,18 @@ def test_the_doctor_finds_a_clock_that_differs_from_the_coordinators(tmp_path: P
     assert (late[0].state, "3.0 days behind" in late[0].found, right[0].state) == ("warn", True, "good")
 
 
+@pytest.mark.parametrize(("state", "judged"), [("waiting", "warn"), ("refused", "bad"), ("current", "good"), ("activated", "good")])
+def test_the_doctor_inside_a_node_connects_to_nothing_and_takes_its_word(tmp_path: Path, state: str, judged: str) -> None:
+    nobody = settings(tmp_path, update__url="http://192.0.2.1/repository", broker__host="192.0.2.1")
+    running = {"update": {"url": "u", "state": state, "reason": "why"}, "broker": {"connected": False, "problem": "timed out"}}
+
+    began = time.monotonic()
+    found = {f.what: f.state for f in doctor.examine(nobody, running=running)}
+
+    assert (found["coordinator"], found["broker"]) == (judged, "warn")
+    assert time.monotonic() - began < outside.HTTP_S
+
+
 def test_the_doctor_finds_a_taken_port(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         found = outside.port(settings(tmp_path, api__port=taken.getsockname()[1]), running=False)
