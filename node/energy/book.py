@@ -31,7 +31,7 @@ class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Book:
-    """The counts. One caller at a time: `Power` holds the lock."""
+    """The counts. One caller at a time: `Power` holds the lock; only `write` may be called without it."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -58,15 +58,20 @@ class Book:
         today = int(now // DAY_S)
         return max((joules.get("answer", 0.0) for day, joules in self.days.items() if day > today - ANSWERING_DAYS), default=0.0) / 3600.0
 
-    def save(self, now: float, *, at_once: bool = False) -> None:
-        """Write, if it is time. A disk that refuses is told in the log: counting must not stop a node."""
+    def to_save(self, now: float, *, at_once: bool = False) -> bytes | None:
+        """What to `write`, if it is time."""
         if self.path is None or not (at_once or now - self._saved_at >= SAVE_S or now < self._saved_at):
-            return
+            return None
         self._saved_at = now
         totals: dict[str, float] = {kind: round(joules, 1) for kind, joules in self.totals.items()}
         days = {str(day): {kind: round(joules, 1) for kind, joules in row.items()} for day, row in self.days.items()}
+        return codec.encode(Kept(totals, days, self.charge, self.at))
+
+    def write(self, data: bytes) -> None:
+        """Replace the file. A disk that refuses is told in the log: counting must not stop a node."""
+        assert self.path is not None
         try:
-            write_atomically(self.path, codec.encode(Kept(totals, days, self.charge, self.at)))
+            write_atomically(self.path, data)
         except OSError as error:
             log.error("energy is counted but cannot be written: %s", error)
 

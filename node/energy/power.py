@@ -1,4 +1,9 @@
-"""Power as the rest of the node sees it: how it stands, what may run, what was spent. Any thread may ask; no call waits for anything.
+"""Power as the rest of the node sees it: how it stands, what may run, what was spent. Any thread may ask.
+
+Rules:
+ * The battery is read and the counts are written in the daemon's sweep. Who asks gets the last word; only where nobody has looked for
+   OLD_S does asking look, and never while another thread does: a gauge that hangs, or a slow disk, holds nobody up.
+ * A gauge that has hung for SILENT_S is bad news, as one that says nothing.
 
 Joules come from a stated model (`rules.watts_of`), not from a meter; the charge is read where a battery can be, and modelled elsewhere.
 """
@@ -10,6 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from node.energy import rules
 from node.energy.book import Book
@@ -24,6 +31,8 @@ if TYPE_CHECKING:
     from node.settings import NodeSettings
 
 LOOK_S = 5.0  # seconds between two looks at the battery
+OLD_S = 30.0  # seconds; the sweep looks more often
+SILENT_S = 900.0  # seconds; as a file that is not written any more
 BOOK = "energy.json"
 
 
@@ -53,7 +62,8 @@ class Power(Part):
         self.plant = plant
         self._reading, self._clock = reading, clock
         self._cores, self._threads = cores, threads
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held for moments: arithmetic only
+        self._looking = threading.Lock()  # held while the battery is read and the counts are written
         self._book = Book(folder / BOOK if folder else None)
         self._duty = Duty()
         self._looked = 0.0
@@ -70,18 +80,20 @@ class Power(Part):
 
     def now(self) -> PowerState:
         """How it stands."""
+        self._look(OLD_S)
         with self._lock:
-            return self._look()
+            silent = self._reading is not None and self._begun and self._clock() - self._looked > SILENT_S
+            if not silent:
+                return self._state
+        return msgspec.structs.replace(self._state, surplus=False, problem="reading the battery has not ended; look at what it hangs on")
 
     def may(self, work: Work) -> Verdict:
         """Whether this work may run now. Answering does not ask."""
-        with self._lock:
-            return rules.may(self.plant, self._look(), work)
+        return rules.may(self.plant, self.now(), work)
 
     def sleeping_until(self) -> int:
         """When this node is of use to others again, seconds since 1970; 0 while it is awake."""
-        with self._lock:
-            return rules.sleeping_until(self.plant, self._look(), self._clock())
+        return rules.sleeping_until(self.plant, self.now(), self._clock())
 
     def spent(self, kind: Kind, seconds: float, *, threads: int = 1) -> None:
         """Count work that was done."""
@@ -124,13 +136,11 @@ class Power(Part):
 
     def sweep(self) -> None:
         """Look, so that idling is counted and the battery followed when nobody asks."""
-        self.now()
+        self._look(LOOK_S)
 
     def stop(self) -> None:
         """Write the counts down."""
-        with self._lock:
-            self._look(at_once=True)
-            self._book.save(self._clock(), at_once=True)
+        self._look(0.0, save=True)
 
     def figures(self) -> tuple[Figure, ...]:
         """The battery, where there is one. Joules are counters: see `joules`."""
@@ -143,17 +153,31 @@ class Power(Part):
             ("power_surplus", "1 while what waits for sun may run", lambda: float(self.now().surplus)),
         )
 
+    def _look(self, every_s: float, *, save: bool = False) -> None:
+        """Look, if the last look is older than that and nobody else is looking; write the counts, if it is time."""
+        if self._begun and 0.0 <= self._clock() - self._looked < every_s:
+            return
+        if not self._looking.acquire(blocking=False):
+            return  # somebody looks: the last word stands
+        try:
+            reading, problem = self._read()
+            with self._lock:
+                now = self._clock()
+                self._take(now, reading, problem)
+                data = self._book.to_save(now, at_once=save)
+            if data:
+                self._book.write(data)
+        finally:
+            self._looking.release()
+
     # ---- with the lock held
 
-    def _look(self, *, at_once: bool = False) -> PowerState:
-        now = self._clock()
-        passed = now - self._looked
-        if self._begun and 0.0 <= passed < LOOK_S and not at_once:
-            return self._state
-        self._account(now, passed)
-        reading, problem = self._read()
+    def _take(self, now: float, reading: Reading | None, problem: str) -> None:
+        self._account(now, now - self._looked)
         if self.plant.source == "solar" and now < BUILT_AT and (reading is None or reading.watts_in is None):
             problem = problem or "the clock is not set, so nobody knows where the sun stands"
+        if problem:
+            self._history.clear()
         watts_in = self._watts_in(now, reading)
         charge = reading.charge if reading else self._book.charge
         kept = rules.reserve(self.plant, self._book.answering_wh(now))
@@ -164,8 +188,6 @@ class Power(Part):
         )  # fmt: skip
         self._book.charge, self._book.at = charge, now
         self._looked, self._begun = now, True
-        self._book.save(now)
-        return self._state
 
     def _account(self, now: float, passed: float) -> None:
         """Idling, and the modelled charge, since the last look. A clock that was set counts as no time."""
@@ -189,7 +211,6 @@ class Power(Part):
         try:
             return self._reading(), ""
         except Unavailable as error:
-            self._history.clear()
             return None, str(error)
 
     def _watts_in(self, now: float, reading: Reading | None) -> float:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import threading
 from pathlib import Path
 
 import msgspec
@@ -182,6 +183,30 @@ def test_a_gauge_that_falls_silent_stops_what_can_wait_and_says_so() -> None:
     clock.now += 60
 
     assert power.may("train") == Verdict(False, "the battery says nothing")
+
+
+def test_a_gauge_that_hangs_holds_nobody_up_and_counts_as_bad_news_in_the_end() -> None:
+    clock, hangs = Clock(), threading.Event()
+    battery = Battery(0.95, 20.0)
+
+    def reading() -> Reading:
+        if clock.now > NOON:
+            hangs.wait(30)
+        return battery()
+
+    power = Power(SOLAR, reading=reading, clock=clock)
+    power.sweep()
+    clock.now += 60
+    sweep = threading.Thread(target=power.sweep)
+    sweep.start()
+    try:
+        assert power.may("agree").ok  # at once: the last word stands
+        power.spent("answer", 1.0)
+        clock.now += 1000
+        assert "has not ended" in power.may("agree").reason
+    finally:
+        hangs.set()
+        sweep.join(10)
 
 
 def test_a_clock_in_1970_keeps_what_waits_for_sun_waiting_unless_the_sun_is_measured() -> None:
