@@ -1,5 +1,7 @@
 """A calibration fitted on some records, judged on others."""
 
+import functools
+
 import msgspec
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ def test_calibration_tells_the_truth_on_records_it_has_not_seen() -> None:
 
 
 def test_calibration_keeps_the_order_of_the_signals() -> None:
-    made = fit(simulated(600, accuracy=0.6, seed=1))
+    made = usual()
     unseen = simulated(600, accuracy=0.6, seed=2)
     teacher = [1.0] * 600
 
@@ -38,7 +40,7 @@ def test_calibration_keeps_the_order_of_the_signals() -> None:
 
 @pytest.mark.parametrize("budget", [0.1, 0.25, 0.4])
 def test_the_threshold_spends_the_budget(budget: float) -> None:
-    made = fit(simulated(600, accuracy=0.6, seed=1))
+    made = usual()
     fitted, unseen = simulated(600, accuracy=0.6, seed=1), simulated(2000, accuracy=0.6, seed=2)
 
     shares = [sum(sure < made.threshold(budget) for sure in each.confidences(made)) / len(each.answers) for each in (fitted, unseen)]
@@ -97,9 +99,7 @@ def test_a_translation_may_stand_when_it_is_about_as_good_as_the_teachers() -> N
 
 def test_the_order_is_never_worse_than_one_signal_where_one_signal_is_the_truth() -> None:
     """With nothing to gain from more signals the choice stays with the plain one."""
-    evaluation = simulated(600, accuracy=0.6, seed=1)
-
-    assert fit(evaluation).method in ("single", "logistic", "distance")
+    assert usual().method in ("single", "margin", "logistic", "distance")
 
 
 def test_the_teachers_answers_say_what_asking_buys() -> None:
@@ -130,12 +130,18 @@ def test_agreements_of_other_records_are_refused() -> None:
 
 
 def test_what_ships_is_small_and_what_was_fitted_is_what_ships() -> None:
-    made = fit(simulated(600, accuracy=0.6, seed=1))
+    made = usual()
 
     data = msgspec.json.encode(made)
 
     assert len(data) < 16_000
     assert msgspec.json.decode(data, type=Calibration) == made
+
+
+@functools.cache
+def usual() -> Calibration:
+    """Of the same answers for every test that only looks."""
+    return fit(simulated(600, accuracy=0.6, seed=1))
 
 
 def hopeless_when_long(*, seed: int) -> tuple[Evaluation, Evaluation]:

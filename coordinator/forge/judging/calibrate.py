@@ -82,7 +82,7 @@ def fit(
     if enough:
         method, combiner, unseen, _ = choose(known, seed)
     else:
-        method, combiner = "single" if 0 < positive < count else "constant", single(known)
+        method, combiner = "single" if 0 < positive < count else "constant", single(known, known.single)
         unseen = combiner.scores(known.signals)
     rate = (positive + 1) / (count + 2)  # Laplace: all right of 50 is not certainty
     points = ((0.0, rate),) if method == "constant" else _isotonic(unseen, known.right)

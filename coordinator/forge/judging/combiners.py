@@ -3,6 +3,7 @@
 A combiner learns from records with known answers and comes out as plain numbers (`protocol.confidence.Calibration` runs them on a node):
 
  * single     one signal as it is: the verdict's log-probability, or the mean token's
+ * margin     the first token's, which needs no learning either and is the best single one for short answers (Ramirez et al. 2024)
  * logistic   L2-regularised, on standardised signals, of "the answer may stand"
  * distance   ridge regression of how far the student's answer is from the teacher's. What asking gains is that distance, times a
               coin that falls the teacher's way more often than not; the coin is noise that no signal of the student's can know, and
@@ -19,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.forge.judging.metrics import deferral_area
-from protocol.confidence import Tree
+from protocol.confidence import FEATURES, Tree
 
 FOLDS = 5
 EDGE = 0.01  # of area
 STRENGTH = 0.3  # inverse of the L2 penalty on standardised signals; twenty-four signals, some hundred records
 RIDGE = 100.0
 TREES, DEPTH, RATE, LEAST = 80, 2, 0.05, 20  # trees of 4 leaves; at least LEAST records a leaf
+MARGIN = FEATURES.index("first_margin")
 PADDED = 1e30  # a split that everything is below
 
 Floats = NDArray[np.float64]
@@ -63,11 +65,11 @@ class Combiner(msgspec.Struct, frozen=True):
         return np.asarray(scores, dtype=np.float64)
 
 
-def single(known: Known) -> Combiner:
+def single(known: Known, signal: int) -> Combiner:
     """One signal, standardised."""
     means, scales = _standard(known.signals)
     weights = np.zeros(len(means))
-    weights[known.single] = 1.0
+    weights[signal] = 1.0
     return Combiner(means, scales, weights)
 
 
@@ -110,7 +112,8 @@ def mean_of(one: Combiner, other: Combiner, known: Known) -> Combiner:
 
 def combiners(known: Known, seed: int) -> dict[str, Combiner]:
     """All of them, the plain ones first."""
-    found = {"single": single(known), "logistic": logistic(known), "distance": distance(known), "boosted": boosted(known, seed)}
+    plain = {"single": single(known, known.single), "margin": single(known, MARGIN)}
+    found = plain | {"logistic": logistic(known), "distance": distance(known), "boosted": boosted(known, seed)}
     mixed = {f"{name} and boosted": mean_of(found[name], found["boosted"], known) for name in ("logistic", "distance")}
     return found | mixed
 
