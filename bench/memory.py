@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--remembered", type=int, default=1_000)
     parser.add_argument("--asked", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--ways", default=",".join(rules.USES), help="of off,exact,near,examples; the others' figures stay")
+    parser.add_argument("--work", type=Path, default=Path("var/memory"), help="keeps the vectors, so that a killed run goes on")
     options = parser.parse_args()
     figures: dict[str, Any] = json.loads(RESULT.read_text("utf-8"))["figures"] if RESULT.is_file() else {}
     figures["file"] = in_a_process(file_of_vectors)
@@ -61,10 +63,10 @@ def main() -> None:
         site = site_named(options.site)
         known = generate(site, seed=options.seed, count=options.remembered, split="train")
         asked = generate(site, seed=options.seed, count=options.asked, split="test")
-        figures["ranch"] = measure(options.ranch, RANCH, known, asked, seed=options.seed)
+        figures["ranch"] = figures.get("ranch", {}) | measure(options.ranch, RANCH, known, asked, options)
     if options.translation:
         known, asked = pairs(options.data, options.trained, options.remembered, options.asked)
-        figures["translation"] = measure(options.translation, TRANSLATION, known, asked, seed=options.seed)
+        figures["translation"] = figures.get("translation", {}) | measure(options.translation, TRANSLATION, known, asked, options)
     command = "python -m bench.memory --ranch MODEL.gguf --translation MODEL.gguf --data FOLDER --trained TRAIN.tsv"
     write("memory", figures, command=command, rows=rows(figures))
 
@@ -118,14 +120,17 @@ def pairs(data: Path, trained: Path | None, remembered: int, asked: int) -> tupl
     return known[::every][:remembered], read_pairs(data / "test.tsv", TRANSLATION, limit=asked)
 
 
-def measure(model: Path, task: Task, known: Sequence[Record], asked: Sequence[Record], *, seed: int) -> dict[str, Any]:
-    """All four ways on the same questions."""
+def measure(model: Path, task: Task, known: Sequence[Record], asked: Sequence[Record], options: argparse.Namespace) -> dict[str, Any]:
+    """All ways on the same questions."""
+    seed, uses = options.seed, [use for use in rules.USES if use in ("off", *options.ways.split(","))]
+    kept = options.work / task.name
+    kept.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="milpa-memory-") as folder:
         store, worker = Store(Path(folder) / "node.db"), Worker()
         worker.swap_after_current_record(Speaker(Engine(model), task.name))
         worker.start()
         try:
-            memories = {use: Memory(store, worker, Path(folder), Chosen(use=use)) for use in rules.USES}
+            memories = {use: Memory(store, worker, kept, Chosen(use=use)) for use in uses}
             confirm(store, known)
             began = time.perf_counter()
             for memory in memories.values():
@@ -134,11 +139,15 @@ def measure(model: Path, task: Task, known: Sequence[Record], asked: Sequence[Re
             made_s = time.perf_counter() - began
             ways = {use: Answering(store, worker, node="bench", budget=0.0, memory=memory) for use, memory in memories.items()}
             found = answered(ways, task, asked, seed=seed)
-            found["near"] |= by_neighbours(memories["near"], task, asked, found.pop("given"), seed=seed)
-            found["again"] = again(ways, task, known[-AGAIN:])
-            near = memories["near"].status() or {}
-            about = {"remembered": len(known), "seed": seed, "model": model.name, "vectors_s": round(made_s, 1)}
-            return found | {"about": about | {"bytes": near["bytes"], "trusted": near["trusted"]}}
+            given = found.pop("given")
+            found["about"] = {"remembered": len(known), "asked": len(asked), "seed": seed, "model": model.name}
+            if "near" in memories:
+                found["near"] |= by_neighbours(memories["near"], task, asked, given, seed=seed)
+                told = memories["near"].status() or {}
+                found["about"] |= {"vectors_s": round(made_s, 1), "bytes": told["bytes"], "trusted": told["trusted"]}
+            if "exact" in memories:
+                found["again"] = again(ways, task, known[-AGAIN:])
+            return found
         finally:
             for memory in memories.values():
                 memory.stop()

@@ -178,7 +178,7 @@ class Memory(msgspec.Struct, frozen=True):
     use: Use = "exact"  # off | exact | near (similar records too, once trusted) | examples (shown to the model): bench/results/memory.json
     rows: int = 10_000  # confirmed answers; about 1 kB each
     max_bytes: int = 64 << 20  # of vectors on disk; only near and examples make any. 10,000 take 26 MiB
-    near_right: float = 0.95  # a similarity is trusted from where on near answers would have been right this often, in [0, 1]
+    near_right: float = 0.75  # the share of near answers that must surely be right, however seldom the model is, in [0, 1]
 
 
 class Logs(msgspec.Struct, frozen=True):

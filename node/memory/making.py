@@ -4,8 +4,8 @@ Rules:
  * One vector at a time, only while no record waits, at most SHARE_OF_TIME of the time, and only if `may_work` agrees. A batch is kept,
    then the next is made: killed at any point it goes on there.
  * Another model's vectors mean nothing beside these: it begins anew, and near answers rest until it is done.
- * From which similarity on near answers are trusted is learned from the entries themselves, each held against the others, and again when
-   there are a tenth more of them.
+ * From which similarity on near answers are trusted is learned from the entries themselves, each held against the others and against what
+   the model had said, and again when there are a tenth more of them.
  * What goes wrong rests for REST_S and is a line in the status.
 Limits: `rows` entries, `max_bytes` of vectors, LEARN_FROM entries held against the others.
 """
@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 from node import settings
 from node.engine.worker import Worker
 from node.memory import rules, table
-from node.memory.rules import Least, Neighbour
+from node.memory.rules import Least, Neighbour, Remembered
 from node.memory.vectors import NoVectors, Vectors, room_for
 from node.store import Store
 from protocol.errors import BadInput, MilpaError
+from protocol.tasks import task_named
 
 if TYPE_CHECKING:
     from node.memory.vectors import Vector
@@ -104,6 +105,8 @@ class Making:
         if speaker is None or not self.may_work():
             return 0.0
         if speaker.model_digest != self.model or self.vectors.remade != self._remade or time.monotonic() >= self._scan_at:
+            if not self._anything():
+                return 0.0
             self._scan(speaker.task)
         if not self._make_batch():
             if self._todo or not self._grown:
@@ -131,6 +134,11 @@ class Making:
                 self._stop.wait(busy_s * (1.0 / SHARE_OF_TIME - 1.0))
             else:
                 self._look.wait(LOOK_S)
+
+    def _anything(self) -> bool:
+        """Whether there is an entry at all; until then neither library is loaded and no file made."""
+        with self.store.transaction() as session:
+            return bool(self.model) or table.count(session, "answer") > 0
 
     def _scan(self, task: str) -> None:
         """Find what has no vector yet, and drop vectors of what is forgotten."""
@@ -173,13 +181,13 @@ class Making:
     def _learn(self, task: str) -> None:
         """Learn what likeness is worth, for each scope that has grown enough."""
         with self.store.transaction() as session:
-            meanings = table.meanings(session, task)
+            meanings = table.meanings(session, task_named(task))
         for lang, means in meanings.items():
             scope, count = rules.scope(task, lang), len(means)
             if count != self._learned_at.get(scope) and count >= GROWN * self._learned_at.get(scope, 0):
                 self.least[scope], self._learned_at[scope] = self._leave_one_out(scope, means), count
 
-    def _leave_one_out(self, scope: str, means: dict[str, str]) -> Least | None:
+    def _leave_one_out(self, scope: str, means: dict[str, Remembered]) -> Least | None:
         """Hold the newest entries against all others of the scope; `means` is what each key means, newest first."""
         pairs, tried = [], 0
         for key in list(means)[:LEARN_FROM]:
@@ -187,8 +195,8 @@ class Making:
             if vector is None:
                 continue
             close = self.vectors.nearest(self.model, vector, scope=scope, count=rules.NEIGHBOURS + 1)
-            others = [Neighbour(other, likeness, means[other]) for other, likeness in close if other != key and other in means]
+            others = [Neighbour(other, likeness, means[other].meaning) for other, likeness in close if other != key and other in means]
             tried += 1
             if (pair := rules.leave_one_out(means[key], others)) is not None:
                 pairs.append(pair)
-        return rules.learned_least(pairs, of=tried, precision=self.chosen.near_right)
+        return rules.learned_least(pairs, of=tried, floor=self.chosen.near_right)

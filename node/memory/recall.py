@@ -223,7 +223,7 @@ class Memory(Part):
         if self.making is None:
             return told
         trusted = {
-            scope: {"similarity": round(one.similarity, 4), "right": round(one.precision, 3), "pairs": one.pairs}
+            scope: {"similarity": round(one.similarity, 4), "right": round(one.precision, 3), "model": one.model, "pairs": one.pairs}
             for scope, one in self.making.least.items()
             if one
         }

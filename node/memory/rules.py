@@ -4,7 +4,7 @@ exact     the same task, language and source, white space and Unicode form aside
 pattern   the operator's own "when you see this": its words stand in the source, as whole words in that order; the longest one wins
 near      the NEIGHBOURS most similar records all mean the same and even the farthest of them is at least `least` similar, where `least` was
           learned from this site's own confirmed answers: each is held against the others, and a similarity is trusted from where on they
-          would have been right often enough (`learned_least`). Too few of them, or none good enough: no near answers
+          would have been right often enough, and more often than the model was (`learned_least`). Too few of them: no near answers
 examples  the NEIGHBOURS nearest are shown to the model before the record, the nearest last
 
 Similarity is the cosine of the model's own vectors. It means nothing across models, and little in absolute terms: the vectors of a small
@@ -56,11 +56,19 @@ class Neighbour(msgspec.Struct, frozen=True):
     meaning: str  # what must be equal for two answers to agree: see `meaning`
 
 
+class Remembered(msgspec.Struct, frozen=True):
+    """What an entry means, and what the model had said."""
+
+    meaning: str
+    model: str | None = None  # None: nobody knows any more
+
+
 class Pair(msgspec.Struct, frozen=True):
     """What the neighbours of a remembered record would have said about it."""
 
     similarity: float  # of the farthest of them
     right: bool
+    model_right: bool | None = None  # whether the model's own answer was; None: nobody knows any more
 
 
 class Least(msgspec.Struct, frozen=True):
@@ -68,6 +76,7 @@ class Least(msgspec.Struct, frozen=True):
 
     similarity: float
     precision: float  # lower bound of how often they are right, in [0, 1]
+    model: float | None  # how often the model was right on the same records; None: unknown for most
     pairs: int  # leave-one-out answers at or above it
     of: int  # all that were tried
 
@@ -111,28 +120,33 @@ def agreed(neighbours: Sequence[Neighbour], least: float) -> Neighbour | None:
     return near[0]
 
 
-def leave_one_out(own: str, neighbours: Sequence[Neighbour]) -> Pair | None:
+def leave_one_out(own: Remembered, neighbours: Sequence[Neighbour]) -> Pair | None:
     """What agreeing neighbours would have said about an entry of which the truth is known; None: they do not agree, so nothing."""
     found = agreed(neighbours, least=-1.0)
     if found is None:
         return None
-    return Pair(sorted((one.similarity for one in neighbours), reverse=True)[NEIGHBOURS - 1], found.meaning == own)
+    farthest = sorted((one.similarity for one in neighbours), reverse=True)[NEIGHBOURS - 1]
+    return Pair(farthest, found.meaning == own.meaning, None if own.model is None else own.model == own.meaning)
 
 
-def learned_least(pairs: Sequence[Pair], *, of: int, precision: float) -> Least | None:
-    """The lowest similarity at and above which agreeing neighbours are right with at least `precision`, by the Wilson bound; or None.
+def learned_least(pairs: Sequence[Pair], *, of: int, floor: float) -> Least | None:
+    """The lowest similarity at and above which agreeing neighbours are surely right often enough; or None.
+
+    Surely: the Wilson bound. Enough: `floor`, and as often as the model was on the same records, where that is known of LEAST_PAIRS.
+    Confirmed records are often those the model was unsure of, so its share may be low for the site; hence the floor.
 
     Args:
         of: how many entries were tried; those whose neighbours did not agree made no pair.
     """
     ordered = sorted(pairs, key=lambda pair: -pair.similarity)
-    best, right = None, 0
+    best, right, model_right, known = None, 0, 0, 0
     for count, pair in enumerate(ordered, start=1):
-        right += pair.right
+        right, known, model_right = right + pair.right, known + (pair.model_right is not None), model_right + bool(pair.model_right)
         tied = count < len(ordered) and ordered[count].similarity == pair.similarity
         bound = wilson_low(right, count)
-        if count >= LEAST_PAIRS and not tied and bound >= precision:
-            best = Least(pair.similarity, bound, count, of)
+        model = model_right / known if known >= LEAST_PAIRS else None
+        if count >= LEAST_PAIRS and not tied and bound >= max(floor, model or 0.0):
+            best = Least(pair.similarity, bound, model, count, of)
     return best
 
 

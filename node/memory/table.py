@@ -197,14 +197,18 @@ def best(session: Session, task: str, *, limit: int) -> list[tuple[str, str, str
     return [(key, lang, source) for key, lang, source in session.execute(query.order_by(_kept_until().desc()).limit(limit))]
 
 
-def meanings(session: Session, task: str) -> dict[str, dict[str, str]]:
-    """By language: what each of the task's answers means, by key, newest first."""
-    query = select(MemoryRow.key, MemoryRow.lang, MemoryRow.verdict, MemoryRow.text).where(
-        MemoryRow.kind == "answer", MemoryRow.task == task
+def meanings(session: Session, task: Task) -> dict[str, dict[str, rules.Remembered]]:
+    """By language: what each of the task's answers means, and what the model had said, by key, newest first."""
+    said = case((AnswerRow.model_digest != "", AnswerRow.local))  # an answer from memory says nothing of the model
+    query = (
+        select(MemoryRow.key, MemoryRow.lang, MemoryRow.verdict, MemoryRow.text, said)
+        .outerjoin(AnswerRow, AnswerRow.id == MemoryRow.answer)
+        .where(MemoryRow.kind == "answer", MemoryRow.task == task.name)
     )
-    found: dict[str, dict[str, str]] = {}
-    for key, lang, verdict, text in session.execute(query.order_by(MemoryRow.created.desc())):
-        found.setdefault(lang, {})[key] = rules.meaning(verdict, text)
+    found: dict[str, dict[str, rules.Remembered]] = {}
+    for key, lang, verdict, text, local in session.execute(query.order_by(MemoryRow.created.desc())):
+        model = None if local is None else rules.meaning(task.parse(local).verdict, local)
+        found.setdefault(lang, {})[key] = rules.Remembered(rules.meaning(verdict, text), model)
     return found
 
 

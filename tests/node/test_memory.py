@@ -417,6 +417,13 @@ def test_making_vectors_goes_on_where_it_was_left(remembering: Any, monkeypatch:
     after.stop()
 
 
+def test_a_node_that_remembers_nothing_makes_no_file(remembering: Any) -> None:
+    node = remembering("near")
+
+    assert node.memory.making.step() == 0.0
+    assert not node.memory._vectors.path.exists()
+
+
 def test_the_disk_limit_bounds_the_vectors(remembering: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     node = remembering("near")
     season(node, 12)
@@ -627,3 +634,15 @@ def test_a_daemon_remembers_a_correction_and_shows_it(tmp_path: Path, tiny: Path
 
     assert (again["text"], again["memory"]["answer"]) == ("leak: a pipe", given["id"])
     assert "milpa_node_memory_vectors 1.0" in httpx.get(daemon.server.url + "/metrics", timeout=30).text
+
+
+def test_what_the_model_had_said_is_known_of_its_own_answers_only(remembering: Any) -> None:
+    node = remembering()
+    confirm(node, "tank 3 bar")
+    node.answering.correct(node.answer("tank 3 bar").id, verdict="tank-low", text="the tank is empty")
+    confirm(node, "soil 9")
+
+    with node.store.transaction() as session:
+        found = table.meanings(session, RANCH)["en"].values()
+
+    assert sorted((one.meaning, one.model) for one in found) == [("leak", "normal"), ("tank-low", None)]

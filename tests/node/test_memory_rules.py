@@ -1,7 +1,7 @@
 import pytest
 
 from node.memory import rules
-from node.memory.rules import Neighbour, Pair
+from node.memory.rules import Neighbour, Pair, Remembered
 from protocol.tasks import RANCH, Record
 
 
@@ -54,7 +54,7 @@ def test_a_similarity_is_learned_from_where_it_was_right_often_enough() -> None:
     sure = [Pair(0.95 + index / 10_000, True) for index in range(200)]
     unsure = [Pair(0.80 + index / 10_000, index % 2 == 0) for index in range(200)]
 
-    least = rules.learned_least([*unsure, *sure], of=500, precision=0.95)
+    least = rules.learned_least([*unsure, *sure], of=500, floor=0.95)
 
     assert least is not None
     assert 0.80 < least.similarity <= 0.95 and least.precision >= 0.95 and least.of == 500
@@ -66,21 +66,34 @@ def test_a_similarity_is_learned_from_where_it_was_right_often_enough() -> None:
     ids=["too few", "right too seldom", "none"],
 )
 def test_without_enough_right_answers_no_similarity_is_trusted(pairs: list[Pair]) -> None:
-    assert rules.learned_least(pairs, of=len(pairs), precision=0.95) is None
+    assert rules.learned_least(pairs, of=len(pairs), floor=0.95) is None
+
+
+@pytest.mark.parametrize(("models", "trusted"), [(0.5, True), (0.99, False)])
+def test_neighbours_must_be_right_as_often_as_the_model_was_on_the_same_records(models: float, trusted: bool) -> None:
+    pairs = [Pair(0.9 + index / 10_000, index % 20 > 0, index % 100 < 100 * models) for index in range(300)]
+
+    assert (rules.learned_least(pairs, of=300, floor=0.75) is not None) is trusted
+
+
+def test_what_the_model_had_said_is_held_against_the_truth() -> None:
+    pair = rules.leave_one_out(Remembered("leak", model="dry-run"), near((0.7, "leak"), (0.9, "leak"), (0.8, "leak")))
+
+    assert pair == Pair(0.7, True, model_right=False)
 
 
 def test_equal_similarities_are_trusted_together_or_not_at_all() -> None:
     tied = [Pair(0.9, True)] * 100 + [Pair(0.9, False)] * 100
 
-    assert rules.learned_least(tied, of=200, precision=0.9) is None
+    assert rules.learned_least(tied, of=200, floor=0.9) is None
 
 
 def test_an_entry_whose_neighbours_disagree_teaches_nothing() -> None:
-    assert rules.leave_one_out("leak", near((0.9, "leak"), (0.9, "dry-run"), (0.9, "leak"))) is None
+    assert rules.leave_one_out(Remembered("leak"), near((0.9, "leak"), (0.9, "dry-run"), (0.9, "leak"))) is None
 
 
 def test_the_farthest_neighbour_is_what_a_similarity_is_learned_on() -> None:
-    assert rules.leave_one_out("leak", near((0.7, "leak"), (0.9, "leak"), (0.8, "leak"))) == Pair(0.7, True)
+    assert rules.leave_one_out(Remembered("leak"), near((0.7, "leak"), (0.9, "leak"), (0.8, "leak"))) == Pair(0.7, True)
 
 
 def test_examples_stand_before_the_record_nearest_last_and_too_many_are_left_out() -> None:
