@@ -112,7 +112,9 @@ class Daemon:
                 asking=self.messaging.asker if self.messaging else None, clock=self.clock, watch=self.metrics,
                 on_asked=self.messaging.wake if self.messaging else lambda: None, memory=self.memory,
             )  # fmt: skip
-            self.updated = Releases(settings, self.slots, self.model, emit=self._emit, clock=self.clock, power=self.power)
+            self.updated = Releases(
+                settings, self.slots, self.model, emit=self._emit, clock=self.clock, power=self.power, link=self.link.meter
+            )
             self.learner = Learner(
                 settings, self.slots, self.store, self.model, self.power, clock=self.clock,
                 may_sync=lambda cost: self.link.may_spend(cost, "round"), synced=lambda cost: self.link.meter.spend(cost, 0),

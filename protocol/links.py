@@ -19,6 +19,7 @@ import msgspec
 from protocol.names import known
 
 DAY_S = 86_400.0  # seconds
+NO_LIMIT = 1 << 62  # bytes
 BELIEVED_FROM = 1_767_225_600.0  # 2026-01-01: this program did not exist before, so an earlier wall clock is wrong
 HEADER_BYTES = 52  # bytes a packet: IPv4 20, TCP 20, TCP time stamps 12
 CONNECT_BYTES = 4_900  # bytes of one TLS connection, headers in: 1.5 kB up, 2.4 kB down in about 18 packets (measured, P-256)
@@ -88,18 +89,29 @@ def may_travel(rules: LinkRules, what: Traffic) -> Verdict:
     return Verdict(False, f"a {rules.name} link carries no {what}; it waits for a richer one")
 
 
+def left(rules: LinkRules, spent: int, what: Traffic) -> int:
+    """Bytes that may still be spent today on `what`, when `spent` are gone already; NO_LIMIT where there is none."""
+    if not may_travel(rules, what).ok:
+        return 0
+    if rules.bytes_a_day == 0:
+        return NO_LIMIT
+    return max(0, rules.bytes_a_day - _kept(rules, what) - spent)
+
+
 def may_spend(rules: LinkRules, spent: int, cost: int, what: Traffic) -> Verdict:
     """Whether `cost` more bytes may be spent today on `what`, when `spent` are gone already."""
     allowed = may_travel(rules, what)
-    if not allowed.ok or rules.bytes_a_day == 0:
+    if not allowed.ok or cost <= left(rules, spent, what):
         return allowed
-    keep = int(LEAVES[what] * rules.bytes_a_day)
-    if spent + cost + keep <= rules.bytes_a_day:
-        return Verdict(True)
+    keep = _kept(rules, what)
     for_others = f", {keep} are kept for what matters more" if keep else ""
     return Verdict(
         False, f"{spent} of today's {rules.bytes_a_day} bytes are spent{for_others}; {cost} more for {what} wait for tomorrow"
     )  # fmt: skip
+
+
+def _kept(rules: LinkRules, what: Traffic) -> int:
+    return int(LEAVES[what] * rules.bytes_a_day)
 
 
 class Reading(msgspec.Struct, frozen=True):

@@ -86,9 +86,15 @@ class Meter:
             self._advance()
             return links.may_spend(self.rules, self._day.spent, cost, what)
 
+    def left(self, what: Traffic) -> int:
+        """Bytes that may still be spent today on that; a very large number without a limit, 0 for what the link does not carry."""
+        with self._lock:
+            self._advance()
+            return links.left(self.rules, self._day.spent, what)
+
     def may_connect(self) -> Verdict:
         """Whether a connection is worth opening, or keeping."""
-        return self.may_spend(links.CONNECT_BYTES if self.rules.bytes_a_day > 10 * links.CONNECT_BYTES else 0, "status")
+        return self.may_spend(links.CONNECT_BYTES if self.rules.bytes_a_day > 10 * links.CONNECT_BYTES else 1, "status")
 
     def keep(self) -> None:
         """Write what must be remembered, if anything must. Call it every second or so."""

@@ -74,9 +74,7 @@ def link(running: dict[str, Any]) -> list[Finding]:
         found.append(Finding("link", "warn" if told.get("problem") else "good", spent, advice if told.get("problem") else ""))
     if isinstance(broker, dict) and broker.get("set_aside"):
         what = f"{broker['set_aside']} messages ended connections and are tried once an hour"
-        found.append(
-            Finding("link", "warn", what, "a broker's limit, or a very bad link; those that never leave are parked with the reason")
-        )
+        found.append(Finding("link", "warn", what, "a broker's limit, or a very bad link; what never leaves is parked with the reason"))
     return found
 
 

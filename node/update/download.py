@@ -19,6 +19,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 import msgspec
@@ -26,6 +27,7 @@ import msgspec
 from protocol import codec
 from protocol.blobs import BlobFolder, write_atomically
 from protocol.errors import MalformedMessage, NotEnough, Unavailable, WrongDigest
+from protocol.links import Traffic
 
 CONNECT_S = 10.0  # seconds
 READ_S = 20.0  # seconds without one byte
@@ -33,6 +35,7 @@ ATTEMPTS = 6  # in a row without a new byte: 1 + 2 + 4 + 8 + 16 s of waiting, ab
 ATTEMPTS_IN_ALL = 400  # a 400 MB file on a link that drops every megabyte
 BACKOFF_S = (1.0, 60.0)  # first and longest wait, seconds
 DAILY_BYTES = 1 << 30  # default budget: a first teacher and a student, or a year of adapters
+SEGMENT_BYTES = 1_400  # of a file in one packet, about
 RESERVE_BYTES = 1 << 20  # the budget's file is written once a mebibyte, ahead: a kill over-counts by that much at most
 AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses worth another try
 
@@ -59,20 +62,36 @@ class _Spent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes: int
 
 
+class Account(Protocol):
+    """What a budget needs of `protocol.meter.Meter`."""
+
+    def left(self, what: Traffic) -> int:
+        """Bytes that may still be spent today on that."""
+
+    def spend(self, up: int, down: int, packets: int = 0) -> None:
+        """Account for bytes."""
+
+
 class Budget:
     """Bytes a day, enforced and remembered.
 
     Args:
         path: where it is remembered.
         daily_bytes: 0 is no limit; bytes are counted all the same.
+        link: the account that everything on this node's link shares; None: there is none.
     """
 
-    def __init__(self, path: Path, daily_bytes: int = DAILY_BYTES) -> None:
-        self.path = path
+    def __init__(self, path: Path, daily_bytes: int = DAILY_BYTES, *, link: Account | None = None) -> None:
+        self.path, self.link = path, link
         self.daily_bytes = daily_bytes
         self._spent = self._read()
         self._written = self._spent.bytes
         self.received = 0  # bytes by this process, whatever the day
+
+    @property
+    def limit(self) -> str:
+        """What the day allows, for people."""
+        return str(self.daily_bytes) if self.daily_bytes else "the link's"
 
     def open_day(self, now: float) -> None:
         """Begin a new account if `now` (seconds since 1970) is on a later day; a clock that went back changes nothing."""
@@ -89,11 +108,14 @@ class Budget:
     @property
     def left(self) -> int:
         """Bytes that may still be received today."""
-        return max(0, self.daily_bytes - self._spent.bytes) if self.daily_bytes else 1 << 62
+        own = max(0, self.daily_bytes - self._spent.bytes) if self.daily_bytes else 1 << 62
+        return own if self.link is None else min(own, self.link.left("download"))
 
     def spend(self, count: int) -> None:
         """Account for `count` received bytes."""
         self.received += count
+        if self.link is not None:
+            self.link.spend(0, count, packets=2 * (1 + count // SEGMENT_BYTES))
         self._spent = _Spent(self._spent.day, self._spent.bytes + count)
         if self._spent.bytes > self._written:
             self._write(self._spent.bytes + RESERVE_BYTES)
@@ -175,7 +197,7 @@ class Downloader:
             if have == size:
                 return self.blobs.adopt(part, digest)
             if self.budget.left == 0:
-                raise NotEnough(f"today's budget of {self.budget.daily_bytes} bytes is spent; {have} of {size} are here, the rest follows")
+                raise NotEnough(f"today's budget of {self.budget.limit} bytes is spent; {have} of {size} are here, the rest follows")
             if why := wait_for():
                 raise Unavailable(f"{have} of {size} bytes are here, the rest waits: {why}")
             problem = self._attempt(

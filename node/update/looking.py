@@ -18,6 +18,7 @@ from protocol.errors import BadInput, MilpaError
 if TYPE_CHECKING:
     from node.energy.power import Power
     from node.engine.live import LiveModel
+    from node.update.download import Account
     from node.update.slots import Slots
     from node.update.updater import Emit, Updater
 
@@ -44,7 +45,9 @@ class Releases(Part):
         emit: "Emit",
         clock: Callable[[], float],
         power: "Power | None" = None,
+        link: "Account | None" = None,
     ) -> None:
+        self._link = link  # None: nothing limits it
         self._power = power  # None: nothing waits for it
         self._settings, self._slots, self._model, self._emit, self._clock = settings, slots, model, emit, clock
         self._root = read_root(settings)
@@ -118,7 +121,7 @@ class Releases(Part):
             self.updater = Updater(
                 self._settings.state_dir, url=self._settings.update.url, root=self._root, self_test=self._model.self_test,
                 activate=self._model.activate, emit=self._emit, role=self._settings.node.role,
-                daily_bytes=self._settings.update.max_bytes_a_day, slots=self._slots, wait_for=self._why_wait,
+                daily_bytes=self._settings.update.max_bytes_a_day, slots=self._slots, wait_for=self._why_wait, link=self._link,
                 received=self._received,
             )  # fmt: skip
         return self.updater

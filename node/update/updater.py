@@ -24,7 +24,7 @@ from typing import Literal, TypeVar
 import httpx
 import msgspec
 
-from node.update.download import DAILY_BYTES, Budget, Downloader, http_client
+from node.update.download import DAILY_BYTES, Account, Budget, Downloader, http_client
 from node.update.rules import Machine, checked_fit
 from node.update.slots import ActiveRelease, Failure, Slots
 from node.update.trust import Trust
@@ -92,6 +92,7 @@ class Updater:
         emit: hand an event to the outbox. At least once: a kill may repeat one.
         role, task: which files to take; what the node answers ("" for anything).
         daily_bytes: budget, 0 for none.
+        link: what everything on this node's link shares, where that is limited too.
         machine: what this node runs on; measured when None.
         wait_for: why files are not to be fetched now (no sun), or ""; asked before each and while one comes. Metadata always comes.
         received: told how many seconds a fetch took the link.
@@ -110,6 +111,7 @@ class Updater:
         role: Role = "student",
         task: str = "",
         daily_bytes: int = DAILY_BYTES,
+        link: Account | None = None,
         machine: Machine | None = None,
         slots: Slots | None = None,
         client: httpx.Client | None = None,
@@ -127,7 +129,7 @@ class Updater:
         self.role = role
         self.task = task
         self.machine = machine or this_machine()
-        self.budget = Budget(state_dir / "slots" / "budget.json", daily_bytes)
+        self.budget = Budget(state_dir / "slots" / "budget.json", daily_bytes, link=link)
         self.client = client or http_client()
         self.trust = Trust(state_dir / "trust", root, self.client, self.budget)
         self.downloader = downloader(self.client, self.slots.blobs, self.budget)

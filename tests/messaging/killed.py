@@ -23,7 +23,7 @@ from node.escalation.presence import Presence
 from node.escalation.reporting import Reporter
 from node.store import open_database
 from protocol import topics
-from protocol.messages import Question
+from protocol.messages import Question, Status
 from protocol.mqtt import Session
 from protocol.outbox import Drain, Outbox
 
@@ -56,7 +56,9 @@ def run(database: Path, port: int, password: str, countdown: Countdown | None) -
     metadata.create_all(engine)
     outbox = Outbox(engine, resend=0.2)
     reporter = Reporter("esteli", outbox, engine=engine)
-    asker = Asker("esteli", ["base"], outbox, engine=engine, presence=Presence(), reporter=reporter, deadline_s=60)
+    presence = Presence()
+    presence.note(Status("base", "b1", 1, "answering", model_digest="m"))  # a reply of a model nobody announced is not believed
+    asker = Asker("esteli", ["base"], outbox, engine=engine, presence=presence, reporter=reporter, deadline_s=60)
     session = Session("esteli", "127.0.0.1", port, username="esteli", password=password, backoff_base=0.02, rng=random.Random(1))
     session.subscribe(topics.ack("esteli"), reporter.acknowledged)
     session.subscribe(topics.replies_to("esteli"), asker.heard)

@@ -216,3 +216,21 @@ def test_a_download_that_must_wait_for_sun_keeps_what_came_and_goes_on_from_ther
     assert 0 < had < len(DATA)
     assert path.read_bytes() == DATA and one.budget.received == len(DATA)
     assert len(seen) == 2
+
+
+def test_a_download_spends_the_links_bytes_and_stops_where_they_end(tmp_path):
+    class Account:
+        spent = 0
+
+        def left(self, what):
+            return max(0, 1_000 - self.spent)
+
+        def spend(self, up, down, packets=0):
+            self.spent += down
+
+    account = Account()
+    budget = Budget(tmp_path / "budget.json", 0, link=account)
+
+    budget.spend(700)
+
+    assert (budget.left, account.spent, budget.limit) == (300, 700, "the link's")
