@@ -26,19 +26,19 @@ METADATA = ("timestamp", "snapshot", "targets", "root")
 def memory(settings: NodeSettings, *, places: Places, running: dict[str, Any]) -> Finding:
     """Whether the model fits in what is free: its files, the context's cache, the buffers."""
     if running.get("ready"):
-        return Finding("memory", "good", f"the model is loaded; {free_memory(places) >> 20} MiB are free")
+        return Finding("free memory", "good", f"the model is loaded; {free_memory(places) >> 20} MiB are free")
     files = [path for path in model_files(settings) if path.is_file()]
     if not files:
-        return Finding("memory", "good", f"{free_memory(places) >> 20} MiB are free; there is no model yet")
+        return Finding("free memory", "good", f"{free_memory(places) >> 20} MiB are free; there is no model yet")
     need = sum(path.stat().st_size for path in files) + settings.model.context * CACHE_BYTES + WORK_BYTES
     free = free_memory(places)
     if free and need > free:
         missing = (need - free + (1 << 20) - 1) >> 20
         return Finding(
-            "memory", "bad", f"the model needs about {need >> 20} MiB, {free >> 20} MiB are free: {missing} MiB are missing",
+            "free memory", "bad", f"the model needs about {need >> 20} MiB, {free >> 20} MiB are free: {missing} MiB are missing",
             f"close other programs, lower model.context (now {settings.model.context}), or take a smaller model",
         )  # fmt: skip
-    return Finding("memory", "good", f"the model needs about {need >> 20} MiB, {free >> 20} MiB are free")
+    return Finding("free memory", "good", f"the model needs about {need >> 20} MiB, {free >> 20} MiB are free")
 
 
 def model_files(settings: NodeSettings) -> list[Path]:

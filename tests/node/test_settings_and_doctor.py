@@ -336,7 +336,7 @@ def test_the_doctor_takes_an_absent_broker_calmly_and_an_absent_model_not(tmp_pa
 def test_the_doctor_makes_a_fixed_model_speak(tmp_path: Path, tiny: Path) -> None:
     found = {f.what: f for f in doctor.examine(settings(tmp_path, model__path=str(tiny)))}
 
-    assert (found["memory"].state, found["model"].state, found["release"].state) == ("good", "good", "good")
+    assert (found["free memory"].state, found["model"].state, found["release"].state) == ("good", "good", "good")
     assert not (tmp_path / "state").exists()
 
 
