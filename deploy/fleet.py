@@ -224,6 +224,7 @@ class LocalFleet:
                 "password_file": str(self._password_file(name)),
                 "heartbeat_s": HEARTBEAT_S,
             },
+            "memory": {"use": "off"},  # what a season counts is the model's own; the same records are asked before and after
             "peers": {"serve": True} if is_peer else {"ask": [plan.peer], "deadline_s": QUESTION_DEADLINE_S},
             "update": {
                 "url": f"http://127.0.0.1:{plan.web_port}/repository",
