@@ -590,7 +590,8 @@ class Session:
             try:
                 handler(message)
             except Exception as error:
-                log.warning("%s: message on %s parked: %s", self.client_id, message.topic, error, exc_info=not isinstance(error, BadInput))
+                told = type(error).__name__  # the reason may quote the message; it is kept with it, and not logged
+                log.warning("%s: message on %s parked: %s", self.client_id, message.topic, told, exc_info=not isinstance(error, BadInput))
                 self._park(message, str(error) or type(error).__name__)
 
     def _park(self, message: Incoming, reason: str) -> None:
