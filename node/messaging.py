@@ -213,7 +213,7 @@ class Messaging:
         if speaker is None:
             return Me()
         engine = speaker.engine
-        return Me(engine.model_digest, engine.adapter_digest, engine.parameters)
+        return Me(speaker.task, engine.model_digest, engine.adapter_digest, engine.parameters)
 
     def _by_radio(self) -> Radio:
         """This node's end of a radio: frames instead of messages, and nothing else."""

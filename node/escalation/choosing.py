@@ -23,6 +23,7 @@ RETRY_CAP_S = 600.0  # seconds; of each part of a wait, the peer's own word incl
 class Me(msgspec.Struct, frozen=True):
     """What this node speaks with."""
 
+    task: str = ""
     model_digest: str = ""
     adapter_digest: str = ""
     parameters: int = 0  # 0: not known
@@ -47,7 +48,7 @@ def why_not(peer: Peer, me: Me, *, task: str, left_s: float, path: Collection[st
         return ""
     if not status.serves:
         return "it takes no questions"
-    if status.task and status.task != task:
+    if task and status.task and status.task != task:
         return f"it answers {status.task}"
     if status.model_digest and (status.model_digest, status.adapter_digest) == (me.model_digest, me.adapter_digest):
         return "its model is this node's own"

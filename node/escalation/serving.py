@@ -333,6 +333,8 @@ class Server:
         values = {"question": question.id, "prompt_digest": digest_bytes(question.prompt.encode()), "message": message.payload}
         connection.execute(insert(served).values(**values, until=until, hand_until=0.0).on_conflict_do_nothing())
         row = connection.execute(_same(question)).one()
+        if until > row.until:  # whoever waits longest decides how long it is worth answering
+            connection.execute(sa.update(served).where(served.c.position == row.position).values(until=until))
         many = sa.select(sa.func.count()).select_from(waiting_askers).where(waiting_askers.c.position == row.position)
         if connection.execute(many).scalar_one() < ASKERS_LIMIT:
             asker = insert(waiting_askers).values(

@@ -44,8 +44,8 @@ class Site:
     def make_asker(self, peers=("base", "ridge"), votes=1, **options):
         self.asker = Asker(
             "esteli", peers, self.outbox, engine=self.engine, presence=self.presence, votes=votes, clock=self.clock, apply=self.apply,
-            refuse=lambda reply, why: self.refused.append((reply.peer, why)), meet=self.met.append, me=lambda: Me("student", "", 100),
-            linked=lambda: self.linked,
+            refuse=lambda reply, why: self.refused.append((reply.peer, why)), meet=self.met.append, linked=lambda: self.linked,
+            me=lambda: Me("ranch", "student", "", 100),
             reporter=Reporter("esteli", self.outbox, engine=self.engine, clock=self.clock), deadline_s=100, rng=random.Random(1), **options,
         )  # fmt: skip
 
@@ -406,6 +406,28 @@ def test_a_reply_that_does_not_belong_to_the_question_is_refused(site, options, 
 
     assert site.applied == []
     assert site.asker.open == 1
+
+
+def test_a_reply_that_names_a_speaker_nobody_can_be_is_refused_and_holds_nothing_up(site):
+    site.ask()
+
+    with pytest.raises(BadInput, match="speaker"):
+        site.hears("base", speaker="No Name")
+    site.hears("base")
+
+    assert [reply.peer for reply in site.applied] == ["base"]
+
+
+def test_a_question_that_cannot_be_looked_at_does_not_hold_up_the_others(site, monkeypatch):
+    for id in ("broken", "whole"):
+        site.ask(id)
+        site.sent()
+    look = site.asker._look
+    monkeypatch.setattr(site.asker, "_look", lambda id: look(id) if id == "whole" else 1 / 0)
+
+    site.after(PATIENCE_S + 1)
+
+    assert site.asked.count(to("ridge")) == 1
 
 
 @pytest.mark.rule("reply-1")

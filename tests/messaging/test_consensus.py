@@ -5,7 +5,7 @@ import itertools
 import msgspec
 import pytest
 import sacrebleu
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from node.escalation.consensus import MAX_SHARE, TRUST_FLOOR, Record, agree, capped, settled, verdicts_on
@@ -49,11 +49,13 @@ def test_chrf_is_sacrebleus(text, reference):
 
 @pytest.mark.rule("vote-7")
 @given(any_text, any_text)
+@settings(deadline=None)
 def test_chrf_is_sacrebleus_on_any_text(text, reference):
     assert chrf(text, reference) == pytest.approx(sacrebleu.sentence_chrf(text, [reference]).score / 100, abs=1e-9)
 
 
 @given(words, words)
+@settings(deadline=None)
 def test_chrf_is_a_share_and_one_for_equal_texts(text, reference):
     assert 0.0 <= chrf(text, reference) <= 1.0
     assert chrf(text, text) == pytest.approx(1.0)
@@ -104,6 +106,7 @@ def test_when_nobody_answered_there_is_no_consensus():
 
 @pytest.mark.rule("vote-2")
 @given(st.floats(0, 1), st.lists(st.floats(0, 1), min_size=2, max_size=7))
+@settings(deadline=None)
 def test_one_liar_never_wins_against_all_others_together_however_sure_it_is(liars, honest):
     outcome = agree(replies(("leak: lies", liars), *(("normal: all well", confidence) for confidence in honest)), RANCH)
 
@@ -112,6 +115,7 @@ def test_one_liar_never_wins_against_all_others_together_however_sure_it_is(liar
 
 @pytest.mark.rule("vote-2")
 @given(st.floats(0, 1), st.lists(st.floats(0, 1), min_size=2, max_size=5), words, words)
+@settings(deadline=None)
 def test_one_lying_translation_never_wins_against_others_that_say_the_same(liars, honest, lie, truth):
     outcome = agree(replies((lie, liars), *((truth, confidence) for confidence in honest)), TEXT)
 
@@ -120,6 +124,7 @@ def test_one_lying_translation_never_wins_against_others_that_say_the_same(liars
 
 @pytest.mark.rule("vote-2")
 @given(st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=12))
+@settings(deadline=None)
 def test_shares_sum_to_one_keep_the_order_of_weights_and_none_is_above_the_cap(weights):
     shares = capped(weights)
 
@@ -189,6 +194,7 @@ def test_one_models_answer_relayed_by_two_peers_is_one_voice():
 
 @pytest.mark.rule("vote-3")
 @given(said, st.randoms())
+@settings(deadline=None)
 def test_the_order_of_arrival_changes_nothing(texts, rng):
     told = replies(*texts)
     shuffled = told.copy()
@@ -207,6 +213,7 @@ def test_of_two_that_disagree_the_surer_one_stands_and_the_doubt_is_told():
 
 @pytest.mark.rule("vote-5")
 @given(said, st.lists(st.tuples(st.sampled_from(["leak: a", "normal: c", "tank-low: e"]), st.floats(0, 1)), max_size=3))
+@settings(deadline=None)
 def test_what_is_settled_no_later_reply_overturns(texts, later):
     told = replies(*texts)
     late = [reply(text, confidence, f"late{number}") for number, (text, confidence) in enumerate(later)]
@@ -227,6 +234,7 @@ def test_two_equal_translations_of_three_are_settled_and_two_alike_are_not():
 
 
 @given(st.lists(st.tuples(st.sampled_from(["leak: a", "leak: b", "normal: c", "nonsense"]), confidences), min_size=1, max_size=8))
+@settings(deadline=None)
 def test_the_outcome_is_one_of_the_replies_and_never_surer_than_it_was(texts):
     told = replies(*texts)
 

@@ -4,7 +4,7 @@ import math
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from node.escalation.choosing import RETRY_BASE_S, RETRY_CAP_S, Me, Peer, order, wait_s, why_not
@@ -15,7 +15,7 @@ from protocol.errors import MalformedMessage
 from protocol.messages import Status
 from protocol.mqtt import Incoming
 
-ME = Me("mine", "", 100)
+ME = Me("ranch", "mine", "", 100)
 
 
 class Clock:
@@ -88,6 +88,7 @@ def test_a_death_after_a_goodbye_says_nothing_new(goodbye):
 
 
 @given(st.permutations(range(5)))
+@settings(deadline=None)
 def test_however_late_the_deaths_come_a_node_with_a_newer_birth_is_alive(order_of_arrival):
     """Births come in their order; every death of an earlier session may come at any later time."""
     births = [Status("base", f"boot{n // 2}", 1 + n % 2, "answering", connection=1 + n % 2) for n in range(6)]
@@ -215,6 +216,7 @@ def test_the_better_peer_comes_first(first, second):
 
 @pytest.mark.rule("ask-5")
 @given(st.integers(0, 100), st.floats(), st.floats(0, 1))
+@settings(deadline=None)
 def test_a_wait_is_what_the_peer_said_and_a_part_by_chance_both_bounded(tries, said, luck):
     waited = wait_s(tries, retry_after=said, uniform=lambda low, high: low + luck * (high - low))
 

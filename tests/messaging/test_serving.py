@@ -119,6 +119,15 @@ def test_one_question_that_comes_by_two_ways_is_computed_once_and_both_are_answe
     assert len({reply.text for _, reply in peer.replies}) == 1
 
 
+def test_a_question_is_worth_answering_for_as_long_as_anybody_waits_for_it(peer):
+    peer.hears(asker="base-a", path=("esteli",), expiry=10)
+    peer.hears(asker="base-b", path=("esteli",), expiry=100)
+    peer.clock.now += 50
+
+    assert peer.server.step() is True
+    assert topics.reply("base-b", "base") in [topic for topic, _ in peer.replies]
+
+
 def test_the_same_id_with_another_prompt_is_another_question(peer):
     peer.hears(asker="esteli", prompt="one")
     peer.hears(asker="malacatoya", prompt="two")
