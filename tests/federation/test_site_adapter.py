@@ -310,3 +310,30 @@ def test_a_speaker_keeps_the_digests_it_began_with(tmp_path: Path) -> None:
     engine.set_adapter(adapter)
 
     assert (before.adapter_digest, Speaker(engine, "ranch").adapter_digest) == ("", digest_file(adapter))
+
+
+@pytest.mark.llama
+def test_a_whole_node_boots_with_its_own_adapter_and_every_answer_names_it(release: tuple[Path, Release], tmp_path: Path) -> None:
+    from node.app import Daemon
+    from node.settings import read
+    from tests.node.conftest import ask
+
+    state, found = release
+    model = found.file("student", "model")
+    assert model is not None
+    ours = write_adapter(tmp_path / "ours.gguf", scale=0.6)
+    judged = Judged("l1", True, "more became right", 1.0, adapter=digest_file(ours), base=model.digest)
+    path = site.path_of(state, 1, judged)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(ours.read_bytes())
+    site.judged(state, 1, judged)
+    daemon = Daemon(read(flags={"node.state_dir": str(state), "api.port": 0, "model.context": 256}, environment={})[0])
+    daemon.start()
+    try:
+        answer = ask(daemon.server.url).json()["x_milpa"]
+
+        assert answer["adapter_digest"] == judged.adapter
+        assert daemon.status()["learn"]["site_adapter"] == judged.adapter
+        assert site.read(state, 1).proven
+    finally:
+        daemon.stop()
