@@ -28,6 +28,7 @@ HOMES = {
     "tuf": ("coordinator/fleet/", "node/update/"),
     "securesystemslib": ("coordinator/fleet/", "node/update/"),
     "apsw": ("node/memory/vectors.py",),
+    "cryptography": ("coordinator/fleet/", "node/doctor/certificates.py"),
     "sqlite_vec": ("node/memory/vectors.py",),
     "paho": ("protocol/mqtt.py",),
     "iotcore": ("deploy/broker.py",),
@@ -53,7 +54,7 @@ PURE = (
     "coordinator/forge/judging/categories.py", "coordinator/forge/judging/metrics.py", "coordinator/forge/judging/regressions.py",
     "coordinator/forge/judging/claims.py", "coordinator/forge/judging/economics.py",
     "protocol/words.py", "node/page/door.py", "node/page/html.py", "node/page/pages.py", "node/page/words.py",
-    "node/escalation/consensus.py", "node/memory/rules.py", "node/energy/rules.py", "node/learn/rules.py",
+    "node/reload.py", "node/escalation/consensus.py", "node/memory/rules.py", "node/energy/rules.py", "node/learn/rules.py",
     "node/confidence/budget.py", "node/confidence/refit.py", "protocol/likeness.py",
 )  # fmt: skip
 IMPURE_MODULES = {"time", "os", "socket", "random", "subprocess", "threading", "requests", "httpx", "pathlib", "sqlite3", "sqlalchemy"}
@@ -120,7 +121,8 @@ def test_federation_uses_the_forge_by_its_public_functions_only() -> None:
 
 @pytest.mark.parametrize("module", ["node.app", "node.cli", "node.learn.commands"])
 def test_the_node_daemon_loads_no_training_library(module: str) -> None:
-    check = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'flwr', 'peft', 'sklearn', 'apsw', 'sqlite_vec'}} & set(sys.modules)))"
+    heavy = {"torch", "transformers", "flwr", "peft", "sklearn", "apsw", "sqlite_vec"}
+    check = f"import sys, {module}; print(*sorted({heavy} & set(sys.modules)))"
 
     loaded = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
 
