@@ -50,7 +50,7 @@ class Guard:
             await send(message)
 
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        if refusal := self._refusal(scope["path"], headers):
+        if refusal := _garbled(scope) or self._refusal(scope["path"], headers):
             await _answer(counted, *refusal)
             return
         await self.app(scope, self._limited(receive), counted)
@@ -63,7 +63,7 @@ class Guard:
         elif _host(headers.get("host", "")) not in OUR_HOSTS:
             return 421, "this node answers on 127.0.0.1 and localhost only; set api.key_file to open it", "invalid_request_error", "host"
         length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > self.body_limit:
+        if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > self.body_limit):
             return 413, f"the body is over {self.body_limit} bytes", "invalid_request_error", "too_large"
         return None
 
@@ -79,6 +79,13 @@ class Guard:
             return message
 
         return limited
+
+
+def _garbled(scope: Scope) -> tuple[int, str, str, str] | None:
+    """An address is ASCII, whatever it stands for; libraries behind us take that for granted."""
+    if scope["query_string"].isascii():
+        return None
+    return 400, "the query is not ASCII: write other characters as %XX", "invalid_request_error", "bad_input"
 
 
 def _host(value: str) -> str:
