@@ -215,3 +215,25 @@ def test_every_answer_is_to_its_own_records_prompt(tiny: Path, threads: int) -> 
     lengths = [answer.prompt_tokens for answer in answers]
     assert lengths == sorted(lengths)
     assert len(set(lengths)) == 7
+
+
+@pytest.mark.llama
+def test_what_is_measured_is_what_a_node_answers(tiny: Path) -> None:
+    from node.engine.worker import Speaker, Worker
+    from protocol.confidence import features
+    from protocol.models.engine import Engine
+
+    records = ranch_records(5)
+    measured = evaluate(tiny, records, RANCH, threads=1)
+    worker = Worker()
+    worker.swap_after_current_record(Speaker(Engine(tiny), "ranch"))
+    worker.start()
+
+    answers = [
+        worker.ask("ranch", RANCH.prompt(record), max_new_tokens=RANCH.max_new_tokens, deadline_s=60, form=RANCH.form).generation
+        for record in records
+    ]
+    worker.stop()
+
+    assert [(RANCH.parse(one.text).text, features(one)) for one in answers] == [(one.text, one.features) for one in measured.answers]
+    assert all(one.verdict for one in measured.answers)
