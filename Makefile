@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SHELL  := /bin/bash
 
-.PHONY: help setup setup-demo demo test test-fast test-containers check fix bench-loop bench-forge bench-node clean
+.PHONY: help setup setup-demo demo test test-fast test-containers check fix bench-loop bench-forge bench-node fuzz soak clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -50,6 +50,12 @@ bench-forge: setup             ## the forge's figures as bench/results/forge.jso
 
 bench-node: setup              ## the node's figures as bench/results/node.json (the same options)
 	$(BIN)/python -m bench.node $(BENCH)
+
+fuzz: setup                    ## a million damaged inputs into every parser; goes on where it ended (ONLY=name, N=count, SEED=n)
+	$(BIN)/python -m tests.fuzz.run --executions $(or $(N),1000000) $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+soak: setup                    ## an hour of random histories of a real fleet, checked (SOAK=seconds, SEED=n)
+	$(BIN)/python -m tests.history.machine --seconds $(or $(SOAK),3600) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 clean:                         ## forget the environment and the runs
 	rm -rf $(VENV) runs var .pytest_cache .mypy_cache .ruff_cache

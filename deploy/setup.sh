@@ -21,6 +21,7 @@ packages=()
 [ -x /usr/sbin/mosquitto ] || command -v mosquitto >/dev/null || packages+=(mosquitto)
 if [ "$profile" = dev ]; then
   command -v chromium >/dev/null || packages+=(chromium)
+  command -v strace >/dev/null || packages+=(strace)
   command -v systemd-analyze >/dev/null || packages+=(systemd)
   command -v apertium >/dev/null && [ -d /usr/share/apertium/apertium-eng-spa ] || packages+=(apertium-eng-spa)
   ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || packages+=(postgresql)
