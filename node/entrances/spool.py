@@ -181,11 +181,17 @@ class SpoolFolder(Part):
         """Answer a file in `work/`. What it raises leaves it there."""
         try:
             lines = self._lines(path)
+            answers = [self._patiently(line) for line in lines]
         except BadInput as error:
-            self._answering.refuse(path.name, reason=str(error), origin="spool")
+            self._answering.refuse(shown(path), reason=str(error), origin="spool")
             self._finish(path, [refusal(error)], refused=str(error))
             return
-        answers = [self._patiently(line) for line in lines]
+        except (_Ended, Unavailable, OSError, DBAPIError):
+            raise
+        except Exception as error:  # a defect of ours with one file must not keep the others waiting for ever
+            log.exception("the spool could not go on with a file; it is refused")
+            self._finish(path, [refusal(BadInput("a defect of the node; see its log"))], refused=f"a defect: {type(error).__name__}")
+            return
         reasons = [f"line {number}: {one['error']['message']}" for number, one in enumerate(answers, start=1) if "error" in one]
         self._finish(path, answers, refused="\n".join(reasons) if len(reasons) == len(answers) else "")
 
@@ -195,19 +201,22 @@ class SpoolFolder(Part):
         Raises:
             BadInput: there is none, or too much.
         """
-        size, limit = path.stat().st_size, self._settings.file_limit_bytes
+        size, limit, name = path.stat().st_size, self._settings.file_limit_bytes, shown(path)
         if size > limit:
-            raise TooLarge(f"{path.name} is {size} bytes, the limit is {limit} (spool.file_limit_bytes)")
-        data = path.read_bytes()
+            raise TooLarge(f"{name} is {size} bytes, the limit is {limit} (spool.file_limit_bytes)")
+        try:
+            data = path.read_bytes()
+        except PermissionError as error:
+            raise BadInput(f"{name} cannot be read by the node's user") from error
         try:
             msgspec.json.decode(data)
             return [data]  # one record, over as many lines as it likes
         except UNREADABLE:
             lines = [line for line in data.splitlines() if line.strip()]
         if not lines:
-            raise BadInput(f"{path.name} is empty")
+            raise BadInput(f"{name} is empty")
         if len(lines) > self._settings.records:
-            raise TooLarge(f"{path.name} has {len(lines)} lines, the limit is {self._settings.records} (spool.records)")
+            raise TooLarge(f"{name} has {len(lines)} lines, the limit is {self._settings.records} (spool.records)")
         return lines
 
     def _patiently(self, line: bytes) -> dict[str, Any]:
@@ -249,6 +258,11 @@ class SpoolFolder(Part):
             keep = self._settings.kept * (2 if name == "refused" else 1)  # a refused file has its reason beside it
             for old in files[keep:]:
                 old.unlink(missing_ok=True)
+
+
+def shown(path: Path) -> str:
+    """The file's name as text; it may be any bytes."""
+    return os.fsencode(path.name).decode("utf-8", "replace")
 
 
 def _files(folder: Path) -> Iterator[Path]:

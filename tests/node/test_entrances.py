@@ -171,6 +171,29 @@ def test_a_file_without_anything_usable_is_refused_with_the_reason(folder: Calla
     assert "error" in spool.out("bad.jsonl")[0]
 
 
+def test_a_file_that_meets_a_defect_or_has_a_strange_name_does_not_keep_the_others_waiting(
+    folder: Callable[..., Folder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = folder()
+    real = spool.node.answering.answer
+
+    def breaks(given: Any, **options: Any) -> Any:
+        if given.id == "a":
+            raise ValueError("a defect")
+        return real(given, **options)
+
+    monkeypatch.setattr(spool.node.answering, "answer", breaks)
+    strange = os.fsdecode(b"\xff.json")
+    for name, data in (("a.json", record("a")), (strange, b"garbage"), ("b.json", record("b"))):
+        spool.drop(name, data)
+
+    spool.look()
+
+    assert spool.out("b.json")[0]["text"] == "leak: a pipe"
+    assert {"a.json", strange} <= set(spool.names("refused")) and spool.names("work") == []
+    assert "ValueError" in (spool.root / "refused" / "a.json.reason").read_text()
+
+
 def test_files_wait_while_there_is_no_model(folder: Callable[..., Folder]) -> None:
     spool = folder()
     speaker = spool.node.worker.speaker
