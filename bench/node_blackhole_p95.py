@@ -25,13 +25,8 @@ from bench.settings import TRANSLATION, Settings
 from bench.student import small
 from deploy.broker import Broker
 from node.settings import QUEUE_LIMIT
-from protocol import topics
-from protocol.codec import decode_message, encode
 from protocol.confidence import quantile
-from protocol.digests import digest_bytes
 from protocol.errors import Unavailable
-from protocol.messages import Question, Reply, Status
-from protocol.mqtt import Incoming, Session
 from protocol.ports import free_port
 
 TURNS, QUICK_TURNS = 4, 1  # of each link
@@ -82,7 +77,8 @@ class Site:
         with ExitStack() as stack:
             stack.enter_context(self.broker)
             stack.enter_context(self.client)
-            stack.enter_context(child([sys.executable, "-m", "bench.node_blackhole_p95", str(self.broker.port)], self.folder / "peer.log"))
+            peer = [sys.executable, "-m", "bench.peer", str(self.broker.port), "base", USERS["base"], TRANSLATION.name]
+            stack.enter_context(child(peer, self.folder / "peer.log"))
             config = self._write_config()
             stack.enter_context(child([sys.executable, "-m", "node.cli", "run", "--config", str(config)], self.folder / "node.log"))
             self._wait_until_settled()
@@ -154,31 +150,3 @@ def child(command: list[str], log: Path) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait(10)
-
-
-def reply_from_a_table(port: int) -> None:
-    """The peer: one answer to every question, at once, until it is ended."""
-    digest = "7" * 64
-    session = Session("base", "127.0.0.1", port, username="base", password=USERS["base"], backoff_base=0.1, backoff_cap=1.0)
-
-    def answer(message: Incoming) -> None:
-        question = decode_message(message.payload)
-        assert isinstance(question, Question)
-        prompt = digest_bytes(question.prompt.encode())
-        reply = Reply(f"r{question.id}", question.id, prompt, "base", digest, "La respuesta de un modelo mayor.", 0.9)
-        session.send(topics.reply(question.asker, "base"), encode(reply), correlation=message.correlation)
-
-    def born(_: bool) -> None:
-        birth = Status("base", "b", 1, "answering", model_digest=digest, parameters=10**9, serves=True, task=TRANSLATION.name)
-        session.send(topics.status("base"), encode(birth), retain=True)
-
-    session.subscribe(topics.questions_to("base"), answer)
-    session.on_connected(born)
-    session.start()
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
-    session.stop()
-
-
-if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    reply_from_a_table(int(sys.argv[1]))
