@@ -18,7 +18,7 @@ from bench.cascade import Cascade, cascades
 from bench.settings import Settings
 from coordinator.forge.judging.metrics import deferral_area
 
-RESAMPLES = 500
+RESAMPLES, QUICK = 500, 20
 KNOWN_STUDENT, KNOWN_TEACHER = "the student's true quality", "the teacher's true quality"
 
 
@@ -50,7 +50,7 @@ def above(cascade: Cascade, settings: Settings) -> dict[str, float] | None:
     columns = [np.array(column) for column in (cascade.confidences, cascade.mean_log_probability)]
     student, teacher = np.array(cascade.student.quality()), np.array(cascade.teacher.quality())
     random, found = np.random.default_rng(settings.seed), []
-    for resample in range(RESAMPLES + 1):
+    for resample in range((QUICK if settings.quick else RESAMPLES) + 1):
         rows = random.integers(len(student), size=len(student)) if resample else np.arange(len(student))
         areas = [deferral_area(column[rows].tolist(), student[rows].tolist(), teacher[rows].tolist()) for column in columns]
         if areas[0] is None or areas[1] is None:

@@ -58,6 +58,11 @@ def test_shares_hold_on_every_stream_where_a_fixed_threshold_does_not(settings: 
     assert {row["stream"] for row in found["rows"]} >= {"test", "another site", "ever less sure"}
 
 
+def test_a_confidence_that_is_exactly_true_still_shows_an_error_by_chance() -> None:
+    assert 0.01 < node_calibration.by_chance([step / 300 for step in range(300)], seed=1) < 0.08
+    assert node_calibration.by_chance([1.0] * 300, seed=1) == 0.0
+
+
 def test_asking_at_random_has_no_area_in_expectation_and_the_oracle_all() -> None:
     luck = random.Random(1)
     student, teacher = [float(luck.random() < 0.6) for _ in range(300)], [float(luck.random() < 0.9) for _ in range(300)]
