@@ -2,8 +2,8 @@
 
 Scaled: heartbeats every BEAT_S seconds instead of 300. The arithmetic, all from counts of this run:
 
-    connect      bytes of both directions until the node is born and subscribed and nothing more comes
-    beat         (bytes of the BEATS heartbeats after that) / BEATS
+    beat         (bytes of both directions during BEATS heartbeats that the coordinator heard) / BEATS
+    connect      all bytes before them, less the beats among those: TLS, CONNECT, subscriptions, birth
     a day        connect + 86,400 / 300 * beat + pings,    for one connection a day
     pings        a link that keeps alive less often than its heartbeats sends none (cellular: 450 s against 300 s); lan keeps alive every
                  60 s, so between two heartbeats there are four pings of PING_BYTES each way (measured, docs/adr/0024)
@@ -23,7 +23,9 @@ from typing import Any
 
 from bench.settings import Settings
 from deploy.broker import Broker, Tls
+from protocol import topics
 from protocol.links import HEADER_BYTES, LINKS
+from protocol.mqtt import Session
 from protocol.ports import free_port
 from tests.certificates import authority
 from tests.faults import FaultProxy
@@ -32,7 +34,6 @@ BEAT_S, BEATS, QUICK_BEATS = 1.0, 60, 4
 HEARTBEAT_S = 300.0  # seconds; what is asked of a day
 DAY_S = 86_400
 PING_BYTES = 24 + 24  # PINGREQ and PINGRESP, 2 bytes each in a TLS record of 22 more
-QUIET_S = 2.0  # without a byte: it has said all it had to
 BEAT_PACKETS = 4  # heartbeat, its TCP acknowledgement, PUBACK, its TCP acknowledgement; at most
 READY_S = 120.0  # seconds for the daemon to connect; Python starts slowly on a busy machine
 
@@ -45,18 +46,23 @@ def measure(settings: Settings) -> dict[str, Any]:
         Broker(folder / "broker", port=free_port(), users={}, tls=tls, program="mosquitto") as broker,
         FaultProxy((broker.host, broker.port)) as proxy,
     ):
+        alive: list[bytes] = []
+        cert, key = certificates.issue("coordinator")
+        coordinator = Session("coordinator", broker.host, broker.port, ca_file=certificates.ca, cert_file=cert, key_file=key)
+        coordinator.subscribe(topics.ALL_ALIVE, lambda message: alive.append(message.payload))
+        coordinator.start()
         daemon = _start(folder, proxy.port, certificates)
         try:
-            connect = _connected(proxy)
-            before = _moved(proxy)
-            while (sent := _beats(proxy, before)) < beats:
-                if daemon.poll() is not None:
-                    raise RuntimeError(f"the daemon ended; see {folder / 'daemon.log'}")
-                time.sleep(0.05)
-            beat = sum(_moved(proxy)[i] - before[i] for i in (0, 1)) / sent
+            _heard(alive, 1, daemon, folder)
+            first, known = sum(_moved(proxy)), len(alive)
+            _heard(alive, known + beats, daemon, folder)
+            sent = len(alive) - known
+            beat = (sum(_moved(proxy)) - first) / sent
+            connect = first - known * beat
         finally:
             daemon.send_signal(signal.SIGTERM)
             daemon.wait(30)
+            coordinator.stop()
     a_day = DAY_S / HEARTBEAT_S
     pings = (DAY_S / LINKS["lan"].keepalive_s - a_day) * PING_BYTES
     stream = connect + a_day * beat
@@ -64,7 +70,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         "figure": stream,
         "against": {"lan, keep-alive of 60 s": stream + pings, "as billed, headers included": stream + a_day * BEAT_PACKETS * HEADER_BYTES},
         "n": sent, "bytes": {"connect": connect, "heartbeat": beat}, "heartbeats_a_day": a_day,
-        "arithmetic": f"{connect} + {a_day:g} * {beat:.1f}",
+        "arithmetic": f"{connect:.0f} + {a_day:g} * {beat:.1f}",
     }  # fmt: skip
 
 
@@ -86,21 +92,10 @@ def _moved(proxy: FaultProxy) -> tuple[int, int]:
     return proxy.bytes_up, proxy.bytes_down
 
 
-def _connected(proxy: FaultProxy) -> int:
-    """Bytes of both directions from the first SYN to the birth's PUBACK: what comes before the first pause as long as a heartbeat's."""
-    end = time.monotonic() + READY_S
-    while not proxy.connections:
-        if time.monotonic() > end:
-            raise RuntimeError(f"the daemon did not connect within {READY_S:g} s")
-        time.sleep(0.02)
-    last, since = _moved(proxy), time.monotonic()
-    while time.monotonic() - since < 0.6 * BEAT_S:
+def _heard(alive: list[bytes], count: int, daemon: "subprocess.Popen[bytes]", folder: Path) -> None:
+    """Wait until the coordinator has heard so many heartbeats."""
+    end = time.monotonic() + READY_S + 10 * BEAT_S * count
+    while len(alive) < count:
+        if daemon.poll() is not None or time.monotonic() > end:
+            raise RuntimeError(f"the daemon is not heard; see {folder / 'daemon.log'}")
         time.sleep(0.01)
-        if _moved(proxy) != last:
-            last, since = _moved(proxy), time.monotonic()
-    return sum(last)
-
-
-def _beats(proxy: FaultProxy, before: tuple[int, int]) -> int:
-    """How many heartbeats were acknowledged: a PUBACK is 4 bytes and its TLS record 22."""
-    return (proxy.bytes_down - before[1]) // 26
