@@ -153,8 +153,8 @@ def _attention(words: Words, findings: Sequence[Finding]) -> Html:
         return _live("attention", hidden=True)
 
     def line(finding: Finding) -> Html:
-        key = f"find.{finding.what}"
-        told = words.text(key) if words.known(key) else words.text("find.other", what=finding.what)
+        keys = (f"find.{finding.what}.{finding.state}", f"find.{finding.what}")
+        told = next((words.text(key) for key in keys if words.known(key)), words.text("find.other", what=finding.what))
         detail = f"{finding.what}: {finding.found}{'; ' + finding.advice if finding.advice else ''}"
         more = tag("details", tag("summary", words.text("detail")), tag("p", detail, lang="en"))
         return tag("li", tag("strong", told), more, class_="red" if finding.state == "bad" else "amber")

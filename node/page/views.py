@@ -88,7 +88,7 @@ def one(store: Store, answer: str) -> Shown | None:
 
 def energy(status: Mapping[str, Any]) -> tuple[float | None, str, float | None]:
     """Joules spent today, the power source and the battery's charge, as far as the node measures them."""
-    told = status.get("energy")
+    told = status.get("power")
     if not isinstance(told, Mapping):
         return None, "", None
     joules = told.get("joules_today")  # by what they were spent on
@@ -97,11 +97,12 @@ def energy(status: Mapping[str, Any]) -> tuple[float | None, str, float | None]:
 
 
 def data(status: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """Bytes spent today, and how many a day may bring; None when it is not measured, or not limited."""
+    """Bytes spent today, both ways, and how many a day may bring; None when it is not measured, or not limited."""
     told = status.get("link")
     if not isinstance(told, Mapping):
         return None, None
-    return _number(told.get("bytes_today")), _number(told.get("bytes_a_day")) or None
+    ways = [_number(told.get(name)) for name in ("up_bytes", "down_bytes")]
+    return None if None in ways else math.fsum(way or 0.0 for way in ways), _number(told.get("bytes_a_day")) or None
 
 
 def _number(value: Any) -> float | None:

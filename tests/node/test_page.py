@@ -4,8 +4,10 @@ import re
 from collections.abc import Callable
 from datetime import UTC
 from html import unescape
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from starlette.applications import Starlette
@@ -17,7 +19,7 @@ from node.page import routes as page_routes
 from node.page.html import Html, tag, text
 from node.page.words import TEXTS, VERDICTS, Words
 from protocol.tasks import RANCH_CODES
-from tests.node.conftest import NOW, eventually, reply_to
+from tests.node.conftest import NOW, eventually, reply_to, settings
 from tests.node.fake_engine import FakeEngine
 
 HOME = {"origin": "http://127.0.0.1"}
@@ -119,7 +121,7 @@ def test_what_a_record_says_is_text_and_never_markup(unsure_alone: Any) -> None:
 
 def test_energy_and_data_are_shown_where_they_are_measured_and_said_not_to_be_where_not(sure: Any) -> None:
     energy = {"joules_today": {"answer": 7000.0, "idle": 200.0}, "source": "solar", "charge": 0.8}
-    app, status = Starlette(), {"ready": True, "energy": energy, "link": {"bytes_today": 1500, "bytes_a_day": 100_000}}
+    app, status = Starlette(), {"ready": True, "power": energy, "link": {"up_bytes": 1000, "down_bytes": 500, "bytes_a_day": 100_000}}
     page_routes.add(app, sure.answering, status=lambda: status)
 
     measured = page(TestClient(app))
@@ -172,7 +174,6 @@ def test_a_text_takes_the_same_values_in_both_languages(key: str) -> None:
 
 
 def test_every_state_of_an_answer_and_every_finding_of_the_doctor_has_words() -> None:
-    from pathlib import Path
     from typing import get_args
 
     import node.doctor
@@ -190,6 +191,14 @@ def test_numbers_follow_the_reader() -> None:
 
     assert spanish.size(1500) == "1,5\u202fkB"
     assert spanish.text("today", n=1, count=1) == "1 respuesta en las últimas 24 horas."
+
+
+def test_a_whole_daemon_shows_its_energy_and_its_data(start: Callable[..., Any], tmp_path: Path) -> None:
+    daemon = start(settings(tmp_path))
+
+    told = httpx.get(daemon.server.url + "/", headers={"accept-language": "en"}).text
+
+    assert "not measured" not in told and "Wh" in told
 
 
 # ---- taps

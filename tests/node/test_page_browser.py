@@ -64,8 +64,8 @@ class Site:
         self.node = node
         status = {
             "site": "esteli", "ready": True, "uptime_s": 200_000.0, "examples": 12, "model": {"release": 3, "model_digest": "1a2b3c4d5e"},
-            "energy": {"joules_today": {"answer": 2_000.0, "idle": 16_000.0}, "source": "solar", "charge": 0.82},
-            "link": {"bytes_today": 41_000, "bytes_a_day": 1e5},
+            "power": {"joules_today": {"answer": 2_000.0, "idle": 16_000.0}, "source": "solar", "charge": 0.82},
+            "link": {"up_bytes": 40_000, "down_bytes": 1_000, "bytes_a_day": 1e5},
             "broker": {"connected": True, "outbox": 0},
         }  # fmt: skip
         app = routes.build(
