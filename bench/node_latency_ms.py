@@ -11,8 +11,9 @@ processor time of the thread, which a busy machine changes less.
 `prefix` is what reading the fixed beginning of prompts only once saves: nothing for the ranch's own template, which begins with the record;
 most of the reading where solved examples stand before it.
 
-For latency_ms_2 two real daemons run over real mosquitto (the shipped settings) beside a third that answers their questions. The records
-take turns at both, in changing order; before the next one the reply is waited for, so that the peer's computing burdens nobody's answer.
+For latency_ms_2 two real daemons run over real mosquitto (the shipped settings) beside a third that answers the questions with the uncut
+model. The records take turns at both, in changing order; before the next one the peer's answer has been applied, so that its computing
+burdens nobody's answer.
 """
 
 import random
@@ -77,7 +78,7 @@ def student(settings: Settings) -> Path:
     if not path.is_file():
         counted = ranch(settings, "train", COUNTED)
         texts = [text for one in counted for text in (RANCH.prompt(one), RANCH.target(one))]
-        trimmed, cut = folder / "trimmed.gguf", folder / "cut.gguf"
+        trimmed, cut = folder / "trimmed.gguf", folder / "cut.gguf"  # the first is the peer's model
         trim(settings.base(), [*texts, RANCH.template, *RANCH.codes], trimmed)
         with Tokenizer(trimmed) as tokenizer:
             examples = [make_example(tokenizer, RANCH, record) for record in counted[:CALIBRATED_ON]]
@@ -129,7 +130,8 @@ def delay(settings: Settings, model: Path) -> dict[str, Any]:
     records, tokens = ranch(settings, "dev", PAIRS)[: QUICK_PAIRS if settings.quick else PAIRS], 16
     chance = random.Random(settings.seed)
     took: dict[str, list[float]] = {"alone": [], "asking": []}
-    with running(settings.folder("latency_ms"), model) as nodes:
+    folder = settings.folder("latency_ms")
+    with running(folder, model, folder / "trimmed.gguf") as nodes:
         for number, record in enumerate([*records[:WARM_UP], *records]):
             for name in chance.sample(sorted(nodes), 2):
                 body = {"prompt": f"{record.source} ({number})", "max_tokens": tokens}  # never the same twice: nothing is remembered
@@ -160,29 +162,29 @@ def interval(asking: Sequence[float], alone: Sequence[float], *, seed: int) -> t
 
 
 def settle(node: httpx.Client, answer: httpx.Response, *, asking: bool) -> None:
-    """Wait until the peer has replied.
+    """Wait until the peer's answer has been applied.
 
     Raises:
-        Unavailable: the node did not answer as it should, or nobody replied.
+        Unavailable: the node did not answer as it should, or no peer's answer came.
     """
     if answer.status_code != 200 or answer.json()["x_milpa"]["provisional"] is not asking:
         raise Unavailable(f"not the answer of this node: {answer.status_code} {answer.text[:300]}")
     end = time.monotonic() + REPLY_S
-    while asking and node.get(f"/v1/answers/{answer.json()['x_milpa']['id']}").json()["provisional"]:
-        if time.monotonic() > end:
-            raise Unavailable(f"no peer replied within {REPLY_S:.0f} s")
+    while asking and not (told := node.get(f"/v1/answers/{answer.json()['x_milpa']['id']}").json())["by"].startswith("peer:"):
+        if time.monotonic() > end or not told["provisional"]:
+            raise Unavailable(f"no peer's answer within {REPLY_S:.0f} s: the question is {told['state']}")
         time.sleep(0.02)
 
 
 @contextmanager
-def running(folder: Path, model: Path) -> Iterator[dict[str, httpx.Client]]:
+def running(folder: Path, model: Path, larger: Path) -> Iterator[dict[str, httpx.Client]]:
     """Broker, peer and both nodes; the nodes' clients once they are ready."""
     with ExitStack() as stack:
         broker = stack.enter_context(Broker(folder / "broker", port=free_port(), users=USERS, program="mosquitto"))
         clients = {}
-        for name, peers in (("base", "serve = true"), ("asking", 'ask = ["base"]'), ("alone", "")):
+        for name, gguf, peers in (("base", larger, "serve = true"), ("asking", model, 'ask = ["base"]'), ("alone", model, "")):
             port, user = free_port(), "base" if name == "base" else "esteli"
-            config = configured(folder, name, port, model, user=user, broker=broker.port if peers else 0, peers=peers)
+            config = configured(folder, name, port, gguf, user=user, broker=broker.port if peers else 0, peers=peers)
             stack.enter_context(child([sys.executable, "-m", "node.cli", "run", "--config", str(config)], folder / f"{name}.log"))
             clients[name] = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0, trust_env=False))
         for name, client in clients.items():
