@@ -175,7 +175,7 @@ class Limits(msgspec.Struct, frozen=True):
 class Memory(msgspec.Struct, frozen=True):
     """What the site remembers, and what that is used for (node/memory)."""
 
-    use: Use = "exact"  # off | exact | near (similar records too, once trusted) | examples (shown to the model): bench/results/memory.json
+    use: Use = "near"  # off | exact | near (similar records too, once trusted) | examples (shown to the model): bench/results/memory.json
     rows: int = 10_000  # confirmed answers; about 1 kB each
     max_bytes: int = 64 << 20  # of vectors on disk; only near and examples make any. 10,000 take 26 MiB
     near_right: float = 0.75  # the share of near answers that must surely be right, however seldom the model is, in [0, 1]
