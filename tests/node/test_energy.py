@@ -124,6 +124,13 @@ def test_the_latches_do_not_chatter(plant: Plant, charge: float, kept: float, wa
     assert start > stop > kept
 
 
+def test_between_the_two_edges_what_runs_goes_on_and_what_waits_goes_on_waiting() -> None:
+    (rich, poor), (bright, dim) = rules.edges(0.5), rules.sun_edges(SOLAR)
+
+    for before in (Duty(True, True), Duty(False, False)):
+        assert rules.next_duty(before, SOLAR, charge=(rich + poor) / 2, watts_in=(bright + dim) / 2, kept=0.5) == before
+
+
 @given(plant=plants, charge=st.floats(0, 1), kept=st.floats(0, 1), now=st.floats(BUILT_AT, BUILT_AT + 10 * 365 * DAY_S))
 def test_a_sleeping_node_names_a_time_to_come_within_two_days(plant: Plant, charge: float, kept: float, now: float) -> None:
     state = PowerState(plant.source, charge, 0.0, False, rich=charge > kept, reserve=kept)
