@@ -70,7 +70,7 @@ def add(
 
     Examples:
 
-        milpa-node memory add "chuco el espejo" --lang es --verdict panel-soiled --text "Panel sucio, límpielo."
+        milpa-node memory add "chuco el espejo" --lang es --verdict panel-soiled --text "Panel sucio"
     """
     from protocol.tasks import task_named
 
