@@ -291,7 +291,9 @@ class Outbox:
 
     def set_aside(self) -> list[Waiting]:
         """What ended STRIKES connections and is tried now and then, in order of entry."""
-        return [row for row in self.waiting() if row.strikes >= STRIKES]
+        aside = sa.select(outbox).where(outbox.c.strikes >= STRIKES).order_by(outbox.c.position)
+        with self.engine.begin() as connection:
+            return [_waiting(row) for row in connection.execute(aside)]
 
     def parked(self) -> list[Parked]:
         """What will not leave, oldest first."""

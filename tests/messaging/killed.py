@@ -1,9 +1,9 @@
 """A node's way of one question, killed (SIGKILL) before its N-th database statement, commit or publication; then run again.
 
-    python killed.py FOLDER PORT PASSWORD
+    python killed.py FOLDER PORT PASSWORD STRIDE
 
-Forks one child for each N = 1, 2, ... on a database of its own, and after its death another that may finish; stops at the first child that
-was not killed. Prints N and the ids of all events that the databases know of. Run by test_kill.py; imports once, forks often.
+Forks one child for each N = 1, 1 + STRIDE, ... on a database of its own, and after its death another that may finish; stops at the first
+child that was not killed. Prints N and the ids of all events that the databases know of. Run by test_kill.py; imports once, forks often.
 """
 
 import json
@@ -27,7 +27,7 @@ from protocol.messages import Question, Status
 from protocol.mqtt import Session
 from protocol.outbox import Drain, Outbox
 
-STEPS_LIMIT = 120
+STEPS_LIMIT = 400
 DEADLINE_S = 30.0
 
 metadata = sa.MetaData()
@@ -57,7 +57,7 @@ def run(database: Path, port: int, password: str, countdown: Countdown | None) -
     outbox = Outbox(engine, resend=0.2)
     reporter = Reporter("esteli", outbox, engine=engine)
     presence = Presence()
-    presence.note(Status("base", "b1", 1, "answering", model_digest="m"))  # a reply of a model nobody announced is not believed
+    presence.note(Status("base", "b1", 1, "answering", model_digest="m", task="ranch", parameters=9, serves=True))  # or nobody believes it
     asker = Asker("esteli", ["base"], outbox, engine=engine, presence=presence, reporter=reporter, deadline_s=60)
     session = Session("esteli", "127.0.0.1", port, username="esteli", password=password, backoff_base=0.02, rng=random.Random(1))
     session.subscribe(topics.ack("esteli"), reporter.acknowledged)
@@ -115,7 +115,7 @@ def in_child(*arguments) -> int:
 def main() -> None:
     folder, port, password = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     events = []
-    for step in range(1, STEPS_LIMIT):
+    for step in range(1, STEPS_LIMIT, int(sys.argv[4])):
         database = folder / f"step-{step}.db"
         code = in_child(database, port, password, Countdown(step))
         if code not in (0, -signal.SIGKILL) or in_child(database, port, password, None) != 0:

@@ -1,6 +1,7 @@
 """A node killed between any two steps of a question's way: asked, sent, replied, applied, reported, acknowledged."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from protocol.outbox import Drain, Outbox
 from tests.messaging.conftest import PASSWORDS
 
 ROOT = Path(__file__).parents[2]
+STRIDE = os.environ.get("MILPA_KILL_STRIDE", "3")  # of about 110 steps; 1 kills at every single one, in three times the time
 
 
 @pytest.mark.broker
@@ -39,7 +41,7 @@ def test_a_node_killed_anywhere_applies_each_reply_once_and_reports_it_once(brok
 
     try:
         done = subprocess.run(
-            [sys.executable, "tests/messaging/killed.py", str(tmp_path), str(broker.port), PASSWORDS["esteli"]],
+            [sys.executable, "tests/messaging/killed.py", str(tmp_path), str(broker.port), PASSWORDS["esteli"], STRIDE],
             cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=250,
         )  # fmt: skip
     finally:
