@@ -5,6 +5,6 @@ store        SQLite: answers, examples, refused input            settings    wha
 messaging    the broker side, wired together                     cli, client, doctor   the command line
 api/         the local HTTP API                                  engine/     the thread that owns the model; loading and proving one
 escalation/  asking peers, answering them, presence              update/     signed releases, download, slots
-energy/      what the node lives on, and what waits for the sun
+energy/      what the node lives on, and what waits for the sun     memory/   confirmed answers and patterns that answer again
 learn/       LoRA training and sync windows; the only room with torch and flwr, in processes of their own
 """
