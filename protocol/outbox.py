@@ -206,6 +206,7 @@ class Outbox:
         self._on_dropped = on_dropped
         self.woken = threading.Event()
         self._something_left = True  # since a message was set aside
+        self._last_look = 0.0  # on our clock
         metadata.create_all(engine)
         with engine.begin() as connection:
             self.packet_limit = int(connection.execute(sa.select(learned.c.packet_limit)).scalar() or 0)
@@ -301,11 +302,19 @@ class Outbox:
             rows = connection.execute(sa.select(parked).order_by(parked.c.position)).all()
         return [Parked(row.id, row.kind, row.topic, row.payload, row.reason, row.at) for row in rows]
 
+    def _notice_a_clock_set_back(self, now: float) -> None:
+        """What waits for an hour that has been already leaves now: an hour's step back would else be an hour's silence."""
+        if now < self._last_look:
+            with self.engine.begin() as connection:
+                connection.execute(sa.update(outbox).where(outbox.c.due > now).values(due=now))
+        self._last_look = now
+
     # ---- the drain's own steps; each is one transaction
 
     def due(self, limit: int, *, without: frozenset[str] = frozenset(), kinds: Collection[Kind] = tuple(CLASSES)) -> list[Waiting]:
         """The messages that may leave now: by class, oldest first. A suspect one comes alone, and only when nothing is in flight."""
         now = self.clock()
+        self._notice_a_clock_set_back(now)
         may_leave = sa.and_(
             sa.or_(outbox.c.due <= now, outbox.c.due > now + RESEND_CAP_S),  # the second: the clock was set back
             sa.or_(outbox.c.expires == 0, outbox.c.expires > now),

@@ -144,6 +144,18 @@ def test_a_clock_set_back_holds_nothing_up(box, link, clock):
     assert link.sent == ["a", "a"]
 
 
+def test_a_clock_set_back_by_less_than_the_longest_wait_holds_nothing_up_either(box, link, clock):
+    put(box, "a")
+    drain = Drain(box, link)
+    drain.step()
+    drain.step()
+
+    clock.now -= 1_800
+    drain.step()
+
+    assert link.sent == ["a", "a"]
+
+
 def test_while_the_broker_is_away_messages_wait_and_then_leave(box, link):
     link.connected = False
     put(box, "a")
