@@ -27,6 +27,7 @@ ANSWERS_KEPT = 100_000  # rows; at one record a minute, ten weeks and about 100 
 REFUSED_KEPT = 1_000  # rows
 REFUSED_TEXT = 4_000  # characters kept of a refused input
 BUSY_TIMEOUT_S = 10.0  # seconds a writer waits for another; the training process holds the file for milliseconds
+CACHE_KIB = 256  # of pages a connection; every thread has one, and SQLite's 2 MiB each would fill as the file grows
 HELD_OUT_SHARE = 5  # one example in five is never trained on
 SCHEMA = "1"
 RECORD_INDEX = "CREATE INDEX IF NOT EXISTS ix_answers_record ON answers (record)"
@@ -196,7 +197,8 @@ def open_database(path: Path) -> Engine:
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # SQLAlchemy says BEGIN itself, below; pysqlite's own is DEFERRED
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={int(BUSY_TIMEOUT_S * 1000)}", "foreign_keys=ON"):
+        wait, cache = f"busy_timeout={int(BUSY_TIMEOUT_S * 1000)}", f"cache_size=-{CACHE_KIB}"
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", wait, cache, "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
