@@ -24,13 +24,7 @@ from tests.history.rules import wrong
 from tests.history.world import MODELS, World
 
 DAY_S = 86_400.0
-JUMPS = (
-    -56 * 365 * DAY_S,
-    -DAY_S,
-    0.0,
-    3_600.0,
-    40 * DAY_S,
-)  # to 1970, back a day, right again, an hour on, past every date in the metadata
+JUMPS = (-56 * 365 * DAY_S, -DAY_S, 0.0, 7_200.0, 40 * DAY_S)  # to 1970, a day back, right, two hours on, past the metadata
 VERDICTS = ("leak", "normal", "dry-run")
 STEPS = {
     "records_come": 3, "operator_speaks": 3, "broker_is_cut_off": 2, "store_is_cut_off": 1, "wires_heal": 3, "node_is_killed": 2,
