@@ -17,7 +17,7 @@ def confidence(running: dict[str, Any]) -> Finding:
     shares = f"{realised:.1%} of the last {told['over']} answers were to be asked, {planned:.1%} planned"
     if not told.get("calibrated"):
         return Finding(
-            "confidence", "warn", f"not calibrated; {shares}", "publish a release with a calibration (milpa-coordinator calibrate)"
+            "calibration", "warn", f"not calibrated; {shares}", "publish a release with a calibration (milpa-coordinator calibrate)"
         )
     if told["over"] >= ENOUGH and abs(realised - planned) > OFF:
         return Finding("confidence", "bad", shares, "report this: the budget must hold whatever the site sends")

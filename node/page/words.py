@@ -37,6 +37,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "find.broker": ("No connection to the other nodes. Answers go on.", "Sin conexión con los otros nodos. Sigue respondiendo."),
     "find.release": ("No new release of the model for a long time.", "Hace mucho que no llega una versión nueva del modelo."),
     "find.clock.warn": ("Nobody sets the clock. It may drift.", "Nadie ajusta el reloj. Puede atrasarse."),
+    "find.calibration": ("How far this model can be trusted is not measured.", "No se ha medido cuánto se puede confiar en este modelo."),
     "find.confidence": ("Other nodes may not be asked any more today.", "Hoy ya no se puede preguntar a otros nodos."),
     "find.learning": ("Learning from your answers has a problem.", "Aprender de sus respuestas tiene un problema."),
     "find.link": ("The connection has a problem, or no data left today.", "La conexión tiene un problema, o ya no tiene datos por hoy."),

@@ -40,3 +40,10 @@ def test_the_doctor_tells_what_is_wrong_with_the_confidence(running: dict[str, A
     assert finding.state == state
     assert found in finding.found
     assert bool(finding.advice) == (state != "good")
+
+
+def test_a_model_that_is_not_calibrated_is_another_matter_than_a_day_without_questions() -> None:
+    spent = confidence(told(plan=0.0, bound="bytes", why="the day's 20000 bytes are spent"))
+
+    assert confidence(told(calibrated=False)).what == "calibration"
+    assert spent.what == "confidence"
