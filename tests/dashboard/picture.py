@@ -7,8 +7,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
+from tests.browsing import chromium
 from tests.dashboard.conftest import PASSWORD, Serving, build
 from tests.dashboard.seed import NOW
 
@@ -16,11 +17,6 @@ PAGES = {
     "overview": "/", "nodes": "/nodes", "node": "/nodes/ocotal", "releases": "/releases", "release": "/releases/3", "rounds": "/rounds",
     "round": "/rounds/2", "escalations": "/escalations", "audit": "/audit",
 }  # fmt: skip
-CHROMIUM = "/usr/bin/chromium"
-
-
-def chromium(playwright: object) -> Browser:
-    return playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # type: ignore[attr-defined]
 
 
 def log_in(page: Page, serving: Serving, name: str = "ana") -> None:

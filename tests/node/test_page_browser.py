@@ -1,18 +1,15 @@
 """The node's page in the system's Chromium, on a telephone and a desk, in both languages: it can be read, reached and tapped."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from node.api import routes
 from node.api.server import Server, bind
-from tests.dashboard.picture import CHROMIUM, chromium
-from tests.dashboard.test_browser import CONTRAST
+from tests.browsing import CONTRAST, browsing, windows
 from tests.node.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.browser
@@ -29,32 +26,19 @@ TARGETS = """() => [...document.querySelectorAll("button, summary, a.button-like
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if shutil.which(CHROMIUM) is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium here: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = chromium(playwright)
+    with browsing() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def opened(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """Opens a window that remembers everything the console and the security policy complained about."""
-    contexts: list[BrowserContext] = []
+    """Windows of a telephone, unless told otherwise."""
+    with windows(browser) as open_page:
 
-    def open_page(*, scheme: str = "light", width: int = 390, locale: str = "en-US", **more: Any) -> Page:
-        size = {"width": width, "height": 844 if width < 600 else 900}
-        context = browser.new_context(color_scheme=scheme, viewport=size, locale=locale, **more)  # type: ignore[arg-type]
-        contexts.append(context)
-        page = context.new_page()
-        page.complaints = []  # type: ignore[attr-defined]
-        page.on("console", lambda line: page.complaints.append(line.text) if line.type in ("error", "warning") else None)  # type: ignore[attr-defined]
-        page.on("pageerror", lambda error: page.complaints.append(str(error)))  # type: ignore[attr-defined]
-        return page
+        def opening(*, width: int = 390, **more: Any) -> Page:
+            return open_page(width=width, height=844 if width < 600 else 900, **more)
 
-    yield open_page
-    for context in contexts:
-        context.close()
+        yield opening
 
 
 class Site:
