@@ -19,7 +19,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     found = {name: closed(cascade, settings) for name, cascade in cascades(settings).items()}
     with_gap = {name: one["closed"] for name, one in found.items() if one["closed"] is not None}
     if not with_gap:
-        return {"figure": None, "why": "the teacher is not better than the student", "tasks": found}
+        return {"figure": None, "why": "the teacher's mean is not above the student's", "tasks": found}
     worst = min(with_gap, key=lambda name: with_gap[name])
     return {
         "figure": with_gap[worst],

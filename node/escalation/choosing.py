@@ -53,7 +53,7 @@ def why_not(peer: Peer, me: Me, *, task: str, left_s: float, path: Collection[st
     if status.model_digest and (status.model_digest, status.adapter_digest) == (me.model_digest, me.adapter_digest):
         return "its model is this node's own"
     if 0 < status.parameters < me.parameters:
-        return "its model is smaller than this node's"
+        return "its model has fewer parameters than this node's"
     if status.state == "sleeping" and peer.asleep_s >= left_s:
         return "it sleeps past the deadline"
     return ""

@@ -31,9 +31,9 @@ def test_peers_that_can_be_asked_are_named() -> None:
 
 
 def test_a_peer_that_is_never_asked_is_told_with_the_reason() -> None:
-    found = said(seen("base"), seen("ridge", why_not="its model is smaller than this node's"))
+    found = said(seen("base"), seen("ridge", why_not="its model has fewer parameters than this node's"))
 
-    assert found[0] == ("warn", "ridge is never asked: its model is smaller than this node's")
+    assert found[0] == ("warn", "ridge is never asked: its model has fewer parameters than this node's")
 
 
 def test_a_peer_that_lost_its_trust_is_told() -> None:
