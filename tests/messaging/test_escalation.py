@@ -193,7 +193,7 @@ def test_questions_asked_while_the_broker_is_away_wait_and_arrive(broker, fleet,
         assert esteli.asks(f"tank {number}").provisional
     broker.start()
 
-    eventually(lambda: {state for state, _, _ in esteli.answers().values()} == {"upgraded"}, esteli.answers)
+    eventually(lambda: {state for state, _, _ in esteli.answers().values()} == {"upgraded"}, esteli.answers, 60.0)
 
 
 def test_a_broker_that_lost_a_question_it_had_acknowledged_gets_it_again(broker, fleet, eventually):
