@@ -170,7 +170,7 @@ def test_words_of_more_nodes_than_are_kept_push_out_the_one_heard_longest_ago():
         (peer(serves=False), "takes no questions"),
         (peer(task="translate-english-spanish"), "it answers translate"),
         (peer(model_digest="mine"), "this node's own"),
-        (peer(parameters=99), "smaller"),
+        (peer(parameters=99), "fewer parameters"),
         (peer(state="sleeping", likely=False, asleep_s=100), "sleeps past"),
     ],
 )
