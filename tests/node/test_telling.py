@@ -2,7 +2,7 @@
 
 import math
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from node.api.shapes import Asked
@@ -19,9 +19,13 @@ def said(pieces: list[str], **asked: object) -> tuple[list[str], Telling]:
 
 
 @given(PIECES, STOPS)
+@example(["ba", "a"], ["a", "baa"])
 def test_what_is_sent_is_the_text_up_to_the_first_stop_and_never_a_part_of_one(pieces: list[str], stop: list[str]) -> None:
-    whole = "".join(pieces).lstrip()
-    ends = [at for at in (whole.find(one) for one in stop) if at >= 0]
+    for heard in range(1, len(pieces) + 1):  # the stop that is complete first ends it, even if a longer one began before it
+        whole = "".join(pieces[:heard]).lstrip()
+        ends = [at for at in (whole.find(one) for one in stop) if at >= 0]
+        if ends:
+            break
 
     sent, telling = said(pieces, stop=tuple(stop))
 
