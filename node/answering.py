@@ -17,7 +17,7 @@ cost more than the model on an SD card.
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 from sqlalchemy import select
@@ -29,7 +29,7 @@ from node.engine.worker import Listening, Spoken, Worker
 from node.memory.rules import Recalled, with_examples
 from node.store import OPERATOR, AnswerRow, State, Store, learn_from, new_id, next_change, refuse
 from protocol.codec import checked_record
-from protocol.confidence import Judgement, features, judge
+from protocol.confidence import Judgement
 from protocol.digests import digest_bytes
 from protocol.errors import BadInput, UnknownName
 from protocol.messages import Question, Reply
@@ -176,18 +176,16 @@ class Answering:
     def _save_recalled(self, record: Record, task: Task, recalled: Recalled, *, seconds: float) -> Given:
         """An answer from memory: stored like any other, `by` memory, and of no model."""
         now, answer = self._clock(), task.parse(recalled.text)
-        row = AnswerRow(
-            id=new_id(), created=now, record=record.id, task=record.task, site=record.site or self.site, lang=record.lang,
-            source=record.source, prompt=task.prompt(record), local=answer.text, text=answer.text, verdict=answer.verdict,
-            confidence=recalled.confidence, reason=recalled.reason, state="final", by=MEMORY, model_digest="", adapter_digest="", release=0,
-            seconds=seconds,
+        judgement = Judgement(True, recalled.confidence, recalled.reason)
+        row = self._row(
+            record, task.prompt(record), answer, judgement, now=now, state="final", by=MEMORY, model_digest="", adapter_digest="",
+            release=0, seconds=seconds,
         )  # fmt: skip
         with self.store.transaction() as session:
             row.change = next_change(session)
             session.add(row)
             if self.memory:
                 self.memory.used(session, recalled, now=now)
-        judgement = Judgement(True, recalled.confidence, recalled.reason)
         return Given(row.id, record, answer, judgement, "final", "", seconds, None, recalled)
 
     def _save(self, record: Record, prompt: str, answer: Answer, ruling: Ruling, spoken: Spoken, *, note: str = "") -> Given:
@@ -201,12 +199,10 @@ class Answering:
             expires = now + asking.deadline_s
             question = Question(new_id(), self.node, record.task, prompt, judgement.confidence, int(expires))
         speaker = spoken.speaker
-        row = AnswerRow(
-            id=new_id(), created=now, record=record.id, task=record.task, site=record.site or self.site, lang=record.lang,
-            source=record.source, prompt=prompt, local=answer.text, text=answer.text, verdict=answer.verdict,
-            confidence=judgement.confidence, reason=judgement.reason, state=state, question=question.id if question else None,
+        row = self._row(
+            record, prompt, answer, judgement, now=now, state=state, question=question.id if question else None,
             deadline=question.expires if question else 0.0, model_digest=speaker.model_digest, adapter_digest=speaker.adapter_digest,
-            release=spoken.speaker.release, seconds=spoken.generation.seconds,
+            release=speaker.release, seconds=spoken.generation.seconds,
         )  # fmt: skip
         with self.store.transaction() as session:
             row.change = next_change(session)
@@ -215,6 +211,14 @@ class Answering:
             if asking and question:
                 asking.ask(session, question)
         return Given(row.id, record, answer, judgement, state, question.id if question else "", spoken.generation.seconds, spoken)
+
+    def _row(self, record: Record, prompt: str, answer: Answer, judgement: Judgement, *, now: float, **more: Any) -> AnswerRow:
+        """A local answer as it is stored; `more` says who gave it and how it stands."""
+        return AnswerRow(
+            id=new_id(), created=now, record=record.id, task=record.task, site=record.site or self.site, lang=record.lang,
+            source=record.source, prompt=prompt, local=answer.text, text=answer.text, verdict=answer.verdict,
+            confidence=judgement.confidence, reason=judgement.reason, **more,
+        )  # fmt: skip
 
     def refuse(self, text: str, *, reason: str, origin: str) -> None:
         """Keep an unusable input with the reason."""
@@ -304,16 +308,6 @@ class Answering:
         if reply is not None:
             figures["peer_confidence"] = reply.confidence
         self.asking.report(session, "escalation", figures, {"state": state, "peer": reply.peer if reply else ""})
-
-
-def judge_answer(task: Task, answer: Answer, spoken: Spoken, *, budget: float) -> Judgement:
-    """Whether the local answer stands. A verdict task's answer that is not of its form never does; a budget of 0 keeps everything."""
-    judgement = judge(features(spoken.generation), calibration=spoken.speaker.calibration, threshold=None, budget=budget)
-    if budget <= 0.0:
-        return msgspec.structs.replace(judgement, keep=True)
-    if task.codes and not answer.verdict:
-        return Judgement(False, judgement.confidence, "the answer is not of the form 'verdict: sentence'")
-    return judgement
 
 
 def read_correction(task: Task, before: Answer, *, verdict: str, text: str) -> tuple[Answer, bool]:

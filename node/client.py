@@ -63,9 +63,8 @@ def ask_here(settings: NodeSettings, text: str, *, lang: str) -> dict[str, Any]:
         Unavailable: there is no model on this machine.
         BadInput, NotEnough, DoesNotFit: see `Engine`.
     """
-    from node.answering import judge_answer
-    from node.engine.worker import Spoken
     from protocol.codec import checked_record
+    from protocol.confidence import features, judge
 
     speaker = load_any(settings)
     try:
@@ -73,7 +72,10 @@ def ask_here(settings: NodeSettings, text: str, *, lang: str) -> dict[str, Any]:
         record = checked_record(Record(id="ask", task=task.name, source=text, lang=lang, site=settings.site))
         generation = speaker.engine.generate(task.prompt(record), max_new_tokens=task.max_new_tokens, form=task.form)
         answer = task.parse(generation.text)
-        judgement = judge_answer(task, answer, Spoken(generation, speaker), budget=settings.model.budget)
+        judgement = judge(
+            features(generation), calibration=speaker.calibration, threshold=None, budget=settings.model.budget,
+            in_form=bool(answer.verdict) or not task.codes,
+        )  # fmt: skip
         return {
             "text": answer.text, "verdict": answer.verdict, "sentence": answer.sentence, "confidence": judgement.confidence,
             "reason": judgement.reason, "provisional": False, "stored": False, "task": task.name, "release": speaker.release,

@@ -19,7 +19,7 @@ from node.escalation.radio import Gateway, Radio, stored_prompt
 from node.escalation.reporting import Reporter
 from node.escalation.serving import Server, with_worker
 from node.link import Link
-from node.settings import NodeSettings, located, secret
+from node.settings import NodeSettings
 from node.store import AnswerRow, Store
 from protocol import topics
 from protocol.codec import decode_message
@@ -56,13 +56,10 @@ class Messaging:
         self.name, self.host, self.port = name, broker.host, broker.port
         self._settings, self._store, self._worker, self._describe, self._clock = settings, store, worker, describe, clock
         by_radio = settings.link_rules.frames_only
-        password = secret(broker.password_file, what="broker.password_file")
-        ca, cert, key = (located(file) if file else None for file in (broker.ca_file, broker.cert_file, broker.key_file))
         self.session = Session(
-            name, broker.host, broker.port, username=broker.username or (name if password else ""), password=password,
+            name, **broker.login(name, what="broker"),
             will=None if by_radio else lambda connection: presence.will(name, boot, connection, role=settings.node.role),
-            will_delay=WILL_DELAY_S,
-            ca_file=ca, cert_file=cert, key_file=key, on_parked=self._keep, keepalive=int(settings.link_rules.keepalive_s),
+            will_delay=WILL_DELAY_S, on_parked=self._keep, keepalive=int(settings.link_rules.keepalive_s),
             backoff_cap=settings.link_rules.backoff_cap_s, meter=link.meter if link else None,
         )  # fmt: skip
         self.outbox = Outbox(store.engine, clock=clock)

@@ -8,11 +8,18 @@ A part overrides what it has. Rules:
 """
 
 from collections.abc import Callable
+from threading import Event, Thread
 from typing import Any
 
 from node.settings import NodeSettings
 
 Figure = tuple[str, str, Callable[[], float]]  # name without `milpa_node_`, what it is, its value now
+
+
+def dead(thread: Thread | None, stopping: Event) -> str:
+    """A part's `trouble` with its thread: "" while it lives, was not started, or is to end."""
+    lives = thread is None or thread.ident is None or thread.is_alive() or stopping.is_set()
+    return "" if lives else "the thread is dead"
 
 
 class Part:

@@ -68,8 +68,8 @@ class Confidence(msgspec.Struct, frozen=True):
     agree: bool = False  # take samples of close answers when there is energy; they come before the answer is given, and take as long each
 
 
-class Broker(msgspec.Struct, frozen=True):
-    """The MQTT broker. Without a host the node lives alone."""
+class Account(msgspec.Struct, frozen=True):
+    """A broker, and who the node is there. Without a host there is none."""
 
     host: str = ""
     port: int = 1883
@@ -78,6 +78,29 @@ class Broker(msgspec.Struct, frozen=True):
     ca_file: str = ""
     cert_file: str = ""
     key_file: str = ""
+
+    def tls_files(self) -> tuple[Path | None, Path | None, Path | None]:
+        """Where the authority, the certificate and its key are."""
+        ca, cert, key = (located(file) if file else None for file in (self.ca_file, self.cert_file, self.key_file))
+        return ca, cert, key
+
+    def login(self, name: str, *, what: str) -> dict[str, Any]:
+        """How a `protocol.mqtt.Session` gets in; `what` is the section's name.
+
+        Raises:
+            BadInput: a password file that cannot be read.
+        """
+        password = secret(self.password_file, what=f"{what}.password_file")
+        ca, cert, key = self.tls_files()
+        return {
+            "host": self.host, "port": self.port, "username": self.username or (name if password else ""), "password": password,
+            "ca_file": ca, "cert_file": cert, "key_file": key,
+        }  # fmt: skip
+
+
+class Broker(Account, frozen=True):
+    """The MQTT broker. Without a host the node lives alone."""
+
     heartbeat_s: float = 300.0
 
 
@@ -125,16 +148,9 @@ class Spool(msgspec.Struct, frozen=True):
     waiting: int = 10_000  # answers nobody collected; with more, no file is taken
 
 
-class Topic(msgspec.Struct, frozen=True):
+class Topic(Account, frozen=True):
     """Records and answers on the site's own broker; without a host there is none. It may be the fleet's broker too."""
 
-    host: str = ""
-    port: int = 1883
-    username: str = ""  # empty: the node's name
-    password_file: str = ""
-    ca_file: str = ""
-    cert_file: str = ""
-    key_file: str = ""
     records: str = "site/records"  # a filter: wildcards are allowed
     answers: str = "site/answers"  # for requests that name no response topic
 

@@ -62,7 +62,6 @@ class Meter:
         now = read()
         self._day = Day(0, 0, 0.0, now) if row is None else Day(row.up, row.down, row.elapsed, Reading(row.boot, row.uptime, row.wall))
         self._written = self._day
-        self._roll()
         self.keep()
 
     def obey(self, rules: LinkRules) -> None:
@@ -132,10 +131,6 @@ class Meter:
 
     def _advance(self) -> None:
         self._day = links.advanced(self._day, self._read())
-
-    def _roll(self) -> None:
-        with self._lock:
-            self._advance()
 
     def _write(self, day: Day) -> None:
         row = {

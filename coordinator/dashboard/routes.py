@@ -29,6 +29,7 @@ from coordinator.dashboard.auth import SESSION_S, Door, TooManyTries, WrongLogin
 from coordinator.dashboard.words import Words, language
 from coordinator.fleet.ledger import Ledger, WebSession
 from protocol.errors import BadInput, Unavailable
+from protocol.web import SECURITY
 
 log = logging.getLogger(__name__)
 
@@ -46,16 +47,6 @@ SORTS: dict[str, Callable[[views.Node], Any]] = {
     "release": lambda node: node.release, "answered": lambda node: node.answered, "share": lambda node: node.share or 0.0,
     "waiting": lambda node: node.waiting, "seen": lambda node: -node.last_seen,
 }  # fmt: skip
-SECURITY = {
-    "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
-        "base-uri 'none'; frame-ancestors 'none'"
-    ),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "same-origin",
-    "cross-origin-opener-policy": "same-origin",
-    "permissions-policy": "camera=(), geolocation=(), microphone=()",
-}
 
 
 class NeedsLogin(Exception):

@@ -87,7 +87,7 @@ def build(
         exception_handlers={MilpaError: api.refused, HTTPException: _http, OperationalError: api.refused},
     )
     if memory is not None:
-        memory_routes.add(app, memory, task=lambda: answering.worker.speaker.task if answering.worker.speaker else default_task)
+        memory_routes.add(app, memory, task=api.task)
     page.add(app, answering, status=status, examine=examine, key=key, clock=clock)
     names.update((_name(route.endpoint), route.path) for route in app.routes if isinstance(route, Route))
     return app
@@ -152,8 +152,7 @@ class _Api:
 
     async def _talk(self, request: Request, asked: shapes.Asked, dialect: openai.Dialect | ollama.Dialect) -> Response:
         """Answer what is asked, whole or as a stream; a client that hangs up stops it."""
-        speaker = self.answering.worker.speaker
-        records = asked.records(task=speaker.task if speaker else self.default_task, site=self.answering.site, fresh_id=new_id())
+        records = asked.records(task=self.task(), site=self.answering.site, fresh_id=new_id())
         if len(records) > 1:  # a batch is refused before any of it is answered
             for record in records:
                 codec.checked_record(record)
@@ -283,6 +282,11 @@ class _Api:
     def figures(self, request: Request) -> Response:
         """GET /metrics"""
         return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    def task(self) -> str:
+        """Of requests that name none."""
+        speaker = self.answering.worker.speaker
+        return speaker.task if speaker else self.default_task
 
     def _speaker(self) -> Speaker:
         if (speaker := self.answering.worker.speaker) is None:

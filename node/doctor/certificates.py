@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from node.doctor.finding import Finding
-from node.settings import NodeSettings, located
+from node.settings import Account, NodeSettings
 from protocol.errors import BadInput
 
 SOON_S = 30 * 86_400  # seconds; an operator may visit a site once a month
@@ -16,13 +16,13 @@ DAY_S = 86_400
 def both(settings: NodeSettings, now: float) -> list[Finding]:
     """Of the fleet's broker and of the site's; one finding for each that uses TLS."""
     found = []
-    for name, section, user in (
+    sections: tuple[tuple[str, Account, str], ...] = (
         ("broker certificate", settings.broker, settings.node.name),
         ("topic certificate", settings.topic, ""),
-    ):
+    )
+    for name, section, user in sections:
         if section.host and (section.ca_file or section.cert_file):
-            files = [located(file) if file else None for file in (section.ca_file, section.cert_file, section.key_file)]
-            found.append(look(name, *files, user=user, now=now))
+            found.append(look(name, *section.tls_files(), user=user, now=now))
     return found
 
 

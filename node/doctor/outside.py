@@ -12,7 +12,7 @@ from typing import Any
 
 from node.api.server import bind
 from node.doctor.finding import Finding
-from node.settings import Broker, NodeSettings, Topic, located, secret
+from node.settings import Account, NodeSettings, secret
 from protocol.errors import BadInput, PortInUse
 from protocol.mqtt import Session
 
@@ -85,7 +85,7 @@ def topic(settings: NodeSettings, *, running: dict[str, Any]) -> list[Finding]:
     return [asked("topic", settings.topic, settings.node.name, problem=_told(running.get("topic")))]
 
 
-def asked(what: str, section: Broker | Topic, name: str, *, problem: str | None, waiting: str = "") -> Finding:
+def asked(what: str, section: Account, name: str, *, problem: str | None, waiting: str = "") -> Finding:
     """What a broker says to this node.
 
     Args:
@@ -102,18 +102,13 @@ def asked(what: str, section: Broker | Topic, name: str, *, problem: str | None,
     return Finding(what, state, problem, waiting + advice)
 
 
-def knock(what: str, section: Broker | Topic, name: str) -> str:
+def knock(what: str, section: Account, name: str) -> str:
     """Connect once; "" when the broker takes us, else its first word against it.
 
     Raises:
         BadInput: a secret that cannot be read.
     """
-    password = secret(section.password_file, what=f"{what}.password_file")
-    ca, cert, key = (located(file) if file else None for file in (section.ca_file, section.cert_file, section.key_file))
-    session = Session(
-        f"{name}-doctor", section.host, section.port, username=section.username or (name if password else ""), password=password,
-        ca_file=ca, cert_file=cert, key_file=key, session_expiry=0,
-    )  # fmt: skip
+    session = Session(f"{name}-doctor", **section.login(name, what=what), session_expiry=0)
     session.start()
     try:
         end = time.monotonic() + KNOCK_S

@@ -30,7 +30,7 @@ from sqlalchemy.exc import DBAPIError
 from node.answering import Answering
 from node.engine.worker import Busy, Late
 from node.entrances.taking import refusal, take
-from node.parts import Figure, Part
+from node.parts import Figure, Part, dead
 from node.settings import NodeSettings, Spool
 from protocol.blobs import sync_folder, write_atomically
 from protocol.codec import UNREADABLE
@@ -104,7 +104,7 @@ class SpoolFolder(Part):
 
     def trouble(self) -> str:
         """A dead thread."""
-        return "the thread is dead" if self._thread.ident is not None and not self._stop.is_set() and not self._thread.is_alive() else ""
+        return dead(self._thread, self._stop)
 
     # ---- the thread
 

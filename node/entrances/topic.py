@@ -23,7 +23,7 @@ from node.answering import Answering
 from node.engine.worker import Busy, NoModel
 from node.entrances.taking import refusal, take
 from node.parts import Figure, Part
-from node.settings import NodeSettings, located, secret
+from node.settings import NodeSettings
 from protocol.errors import BadInput, Unavailable
 from protocol.mqtt import Incoming, Session
 from protocol.topics import covers
@@ -45,12 +45,7 @@ class SiteTopic(Part):
         self._topic, self._answering, self._deadline_s = topic, answering, settings.api.deadline_s
         self._stop = threading.Event()
         self._taken = 0  # since this process began
-        password = secret(topic.password_file, what="topic.password_file")
-        ca, cert, key = (located(file) if file else None for file in (topic.ca_file, topic.cert_file, topic.key_file))
-        self.session = Session(
-            f"{name}-site", topic.host, topic.port, username=topic.username or (name if password else ""), password=password, ca_file=ca,
-            cert_file=cert, key_file=key, on_parked=self._keep,
-        )  # fmt: skip
+        self.session = Session(f"{name}-site", **topic.login(name, what="topic"), on_parked=self._keep)
         self.session.subscribe(topic.records, self._heard)
 
     def start(self) -> None:

@@ -21,7 +21,7 @@ from node.energy.power import Power
 from node.energy.rules import Kind
 from node.engine.live import LiveModel
 from node.learn import rules
-from node.parts import Figure, Part
+from node.parts import Figure, Part, dead
 from node.settings import NodeSettings
 from node.store import Store
 from protocol.errors import MilpaError, Unavailable
@@ -111,7 +111,7 @@ class Learner(Part):
 
     def trouble(self) -> str:
         """A dead thread."""
-        return "the thread is dead" if self._thread is not None and not self._stop.is_set() and not self._thread.is_alive() else ""
+        return dead(self._thread, self._stop)
 
     def figures(self) -> tuple[Figure, ...]:
         """For Prometheus."""

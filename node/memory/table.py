@@ -58,17 +58,12 @@ def prepare(store: Store, *, keep: int) -> None:
             return
         newest = session.scalars(select(ExampleRow).order_by(ExampleRow.created.desc()).limit(keep)).all()
         for one in reversed(newest):
-            _keep(session, _of_example(one))
+            _keep(session, _entry(one, text=one.target, origin=one.origin, weight=one.weight, answer=one.answer, created=one.created))
 
 
 def remember(session: Session, row: AnswerRow, *, origin: str, weight: float, now: float) -> None:
     """Remember the answer as it stands now. A peer's word does not replace the operator's."""
-    fresh = MemoryRow(
-        key=rules.memory_key(row.task, row.lang, row.source), kind="answer", task=row.task, lang=row.lang, source=row.source, words="",
-        text=row.text, verdict=row.verdict, origin=origin, weight=weight, answer=row.id, created=now, uses=0, used=0.0, shareable=False,
-        shared=0.0,
-    )  # fmt: skip
-    _keep(session, fresh)
+    _keep(session, _entry(row, text=row.text, origin=origin, weight=weight, answer=row.id, created=now))
 
 
 def add_pattern(session: Session, task: Task, *, lang: str, when: str, means: Answer, shareable: bool, now: float) -> MemoryRow:
@@ -234,11 +229,11 @@ def _keep(session: Session, fresh: MemoryRow) -> None:
     session.merge(fresh)
 
 
-def _of_example(one: ExampleRow) -> MemoryRow:
+def _entry(of: AnswerRow | ExampleRow, *, text: str, origin: str, weight: float, answer: str, created: float) -> MemoryRow:
+    """An answer or an example as what is remembered of it."""
     return MemoryRow(
-        key=rules.memory_key(one.task, one.lang, one.source), kind="answer", task=one.task, lang=one.lang, source=one.source, words="",
-        text=one.target, verdict=one.verdict, origin=one.origin, weight=one.weight, answer=one.answer, created=one.created, uses=0,
-        used=0.0, shareable=False, shared=0.0,
+        key=rules.memory_key(of.task, of.lang, of.source), kind="answer", task=of.task, lang=of.lang, source=of.source, words="", text=text,
+        verdict=of.verdict, origin=origin, weight=weight, answer=answer, created=created, uses=0, used=0.0, shareable=False, shared=0.0,
     )  # fmt: skip
 
 

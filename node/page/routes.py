@@ -28,6 +28,7 @@ from node.answering import Answering, NoSuchAnswer
 from node.page import door
 from protocol import __version__
 from protocol.errors import BadInput, TooLarge
+from protocol.web import SECURITY
 
 if TYPE_CHECKING:
     from node.page.pages import Finding, Said
@@ -44,16 +45,6 @@ TEXT_LIMIT = 4_000  # characters of a corrected text, as in POST /v1/feedback
 SKIP_LIMIT = 10_000
 WRONG_KEY_S = 1.0  # seconds until somebody hears that the key was wrong
 FINDINGS_S = 30.0  # seconds the doctor's word is good
-SECURITY = {
-    "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
-        "base-uri 'none'; frame-ancestors 'none'"
-    ),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "same-origin",  # with "no-referrer" browsers would hide the origin of our own forms, too
-    "cross-origin-opener-policy": "same-origin",
-    "permissions-policy": "camera=(), geolocation=(), microphone=()",
-}
 
 
 def add(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from node.parts import Part
+from node.parts import Part, dead
 from node.settings import NodeSettings
 from protocol.errors import BadInput, MilpaError
 
@@ -87,7 +87,7 @@ class Releases(Part):
 
     def trouble(self) -> str:
         """A dead thread."""
-        return "the thread is dead" if self._thread is not None and not self._stop.is_set() and not self._thread.is_alive() else ""
+        return dead(self._thread, self._stop)
 
     def _run(self) -> None:
         while not self._stop.is_set():

@@ -9,8 +9,8 @@ from starlette.routing import BaseRoute
 
 from coordinator.dashboard import auth
 from coordinator.dashboard.auth import Door
-from coordinator.dashboard.routes import SECURITY
 from coordinator.fleet import tables
+from protocol.web import SECURITY
 from tests.dashboard.conftest import PASSWORD, enter, form_token
 
 OPEN = {"/login", "/setup", "/healthz", "/readyz", "/metrics"}
