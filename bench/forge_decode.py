@@ -4,13 +4,11 @@ Beside it, what would make it faster: half of the attention heads, an embedding 
 cost in quality is another measure's business.
 """
 
-from pathlib import Path
 from typing import Any
 
 from bench.settings import Settings
 from bench.speed import decode_speed, ratio, unfinished
-from bench.student import small
-from protocol.models.checkpoint import quantise
+from bench.student import packed
 from protocol.models.engine import Engine
 
 PROMPTS, TURNS = 8, 5
@@ -20,10 +18,10 @@ FEWER_HEADS = 2
 def measure(settings: Settings) -> dict[str, Any]:
     fewer = 1 if settings.quick else FEWER_HEADS
     variants = {
-        "student": packed(settings, "small"),
-        "student, embedding Q4_K": packed(settings, "small-light", embedding="Q4_K"),
-        f"student, {fewer} heads": packed(settings, "small-narrow", heads=fewer),
-        "student, both": packed(settings, "small-both", heads=fewer, embedding="Q4_K"),
+        "student": packed(settings),
+        "student, embedding Q4_K": packed(settings, embedding="Q4_K"),
+        f"student, {fewer} heads": packed(settings, heads=fewer),
+        "student, both": packed(settings, heads=fewer, embedding="Q4_K"),
     }
     files = {**variants, "teacher": settings.base(), "teacher, trimmed vocabulary": settings.trimmed()}
     prompts = unfinished([record.source for record in settings.pairs("dev")], 2 if settings.quick else PROMPTS)
@@ -42,12 +40,3 @@ def measure(settings: Settings) -> dict[str, Any]:
         "n": speeds["student"]["tokens"],
         "trained": False,
     }
-
-
-def packed(settings: Settings, name: str, *, heads: int | None = None, embedding: str | None = None) -> Path:
-    """The student's quantised file, made once."""
-    path = settings.folder("decode") / f"{name}.gguf"
-    if not path.is_file():
-        kind, embedding = ("F16", None) if settings.quick else ("Q4_K_M", embedding)
-        quantise(small(settings, heads=heads), path, kind, embedding=embedding, threads=settings.threads)
-    return path

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.settings import TRANSLATION, Settings
-from bench.student import small
+from bench.student import packed, small
 from coordinator.forge.judging.evaluation import generate_all
 from coordinator.forge.students.export import export_ternary
 from coordinator.forge.students.ternary import make_ternary, settle
-from protocol.models.checkpoint import Checkpoint, quantise
+from protocol.models.checkpoint import Checkpoint
 from protocol.models.torch_model import from_torch, to_torch
 
 ANSWERED = 16  # prompts, the longest of the development set: memory peaks on them
@@ -17,17 +17,15 @@ MIB = 1 << 20
 
 def measure(settings: Settings) -> dict[str, Any]:
     folder = settings.folder("size_mb")
-    whole, packed, three_valued = small(settings), folder / "small.gguf", folder / "small-tq2_0.gguf"
-    if not packed.is_file():
-        quantise(whole, packed, "F16" if settings.quick else "Q4_K_M", threads=settings.threads)
+    whole, four_bits, three_valued = small(settings), packed(settings), folder / "small-tq2_0.gguf"
     if not settings.quick and not three_valued.is_file():
         ternary(whole, three_valued)
     checkpoint = Checkpoint.read(whole)
     prompts = sorted((TRANSLATION.prompt(record) for record in settings.pairs("dev")), key=len)[-ANSWERED:]
     figures = {
-        "size_mb": {"figure": packed.stat().st_size / 1e6, "kind": "Q4_K_M"},
+        "size_mb": {"figure": four_bits.stat().st_size / 1e6, "kind": "Q4_K_M"},
         "size_mb_3": {
-            "figure": peak(packed, prompts) * MIB / 1e6,
+            "figure": peak(four_bits, prompts) * MIB / 1e6,
             "against": {"teacher's Q4_K_M, peak resident MB": peak(settings.base(), prompts) * MIB / 1e6},
             "n": len(prompts),
         },

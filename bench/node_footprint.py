@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 
 from bench.settings import Settings
+from bench.student import packed
 from node.client import read_run_file
 from protocol.errors import Unavailable
 from protocol.ports import free_port
@@ -39,7 +40,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 def measure(settings: Settings) -> dict[str, Any]:
     """All four."""
     work, quick = settings.folder("footprint"), settings.quick
-    model = student(settings)
+    model = settings.base() if quick else packed(settings)
     bare = settings.kept("footprint", "bare", lambda: _resident(work, {}, quick=quick))
     full = settings.kept("footprint", "full", lambda: _resident(work, _all_parts(work), quick=quick))
     loaded = settings.kept("footprint", "loaded", lambda: _loaded(work, model, quick=quick))
@@ -58,19 +59,6 @@ def measure(settings: Settings) -> dict[str, Any]:
             "n": len(starts),
         },
     }
-
-
-def student(settings: Settings) -> Path:
-    """A student of the `small` preset as a GGUF in Q4_K_M; a tiny one when quick."""
-    if settings.quick:
-        return settings.base()
-    path = settings.folder("footprint") / "small.gguf"
-    if not path.is_file():
-        from bench.student import small
-        from protocol.models.checkpoint import quantise
-
-        quantise(small(settings), path, "Q4_K_M", threads=settings.threads)
-    return path
 
 
 def _resident(work: Path, environment: Mapping[str, str], *, quick: bool) -> float:

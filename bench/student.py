@@ -7,7 +7,7 @@ import msgspec
 
 from bench.settings import TRANSLATION, Settings
 from coordinator.forge.students.cut import Preset, cut_student, evenly, preset
-from protocol.models.checkpoint import Checkpoint
+from protocol.models.checkpoint import Checkpoint, quantise
 from protocol.models.tokenizer import Example, Tokenizer, make_example
 
 CALIBRATED_ON = 16  # examples
@@ -22,6 +22,16 @@ def small(settings: Settings, *, heads: int | None = None) -> Path:
         with Tokenizer(teacher) as tokenizer:
             examples = [make_example(tokenizer, TRANSLATION, record) for record in settings.pairs("dev", CALIBRATED_ON)]
         cut_evenly(Checkpoint.read(teacher), examples, quick=settings.quick, heads=heads).write(path)
+    return path
+
+
+def packed(settings: Settings, *, heads: int | None = None, embedding: str | None = None) -> Path:
+    """The student's Q4_K_M file, made once for all measures; its embedding of another type, if asked."""
+    whole = small(settings, heads=heads)
+    path = whole.with_name(whole.name.replace("f16", "q4_k_m" if embedding is None else f"q4_k_m-{embedding}"))
+    if not path.is_file():
+        kind, embedding = ("F16", None) if settings.quick else ("Q4_K_M", embedding)  # tiny rows fit no K type
+        quantise(whole, path, kind, embedding=embedding, threads=settings.threads)
     return path
 
 

@@ -47,7 +47,7 @@ class History(NamedTuple):
 def wrong(history: History) -> list[str]:
     """Every rule that was broken, in words; empty when all held."""
     found = [f"silence: {why}" for why in history.silent]
-    found += _lost(history) + _twice(history) + _order(history)
+    found += _lost(history) + _twice(history) + _told(history) + _order(history)
     found += [f"unverified: {one.id} was answered by {one.model[:12]}" for one in history.given if one.model not in history.signed]
     return found
 
@@ -59,13 +59,18 @@ def _lost(history: History) -> list[str]:
         for id, verdict in history.corrected.items()
         if history.verdicts.get(id) != verdict
     ]
+    return found
+
+
+def _told(history: History) -> list[str]:
+    """Each reply that was applied is one event in the ledger: fewer are lost, more are told twice."""
     applied = Counter(change.state for change in history.changes if change.by.startswith("peer:"))
     told = Counter(state for _, state in history.events)
-    found += [
-        f"lost: {applied[state]} replies {state} an answer, the ledger has {told[state]} such events"
-        for state in ("upgraded", "confirmed")
-        if applied[state] > told[state]
-    ]
+    found = []
+    for state in ("upgraded", "confirmed"):
+        if applied[state] != told[state]:
+            what = "lost" if applied[state] > told[state] else "twice"
+            found.append(f"{what}: {applied[state]} replies {state} an answer, the ledger has {told[state]} such events")
     return found
 
 
@@ -74,13 +79,6 @@ def _twice(history: History) -> list[str]:
     found = [f"twice: {count} replies changed {id}" for id, count in replies.items() if count > 1]
     found += [
         f"twice: event {id} is {count} times in the ledger" for id, count in Counter(id for id, _ in history.events).items() if count > 1
-    ]
-    applied = Counter(change.state for change in history.changes if change.by.startswith("peer:"))
-    told = Counter(state for _, state in history.events)
-    found += [
-        f"twice: {applied[state]} replies {state} an answer, the ledger has {told[state]} such events"
-        for state in ("upgraded", "confirmed")
-        if told[state] > applied[state]
     ]
     return found
 

@@ -43,8 +43,7 @@ def good_enough(evaluation: Evaluation, *, teacher: Evaluation | None = None) ->
         return evaluation.quality(), VERDICT_RIGHT
     if teacher is None:
         return tuple(float(answer.chrf >= FLOOR) for answer in evaluation.answers), f"chrF at least {FLOOR:.0f}"
-    if [answer.id for answer in teacher.answers] != [answer.id for answer in evaluation.answers]:
-        raise BadInput("the teacher answered other records than the student: calibration compares them one by one")
+    _check_records(evaluation, teacher)
     pairs = zip(evaluation.answers, teacher.answers, strict=True)
     return tuple(float(mine.chrf >= its.chrf - MARGIN) for mine, its in pairs), f"chrF within {MARGIN:.0f} points of the teacher's"
 
@@ -98,14 +97,18 @@ def fit(
     return msgspec.structs.replace(draft, quantiles=_short([quantile(confidences, step / (STEPS - 1)) for step in range(STEPS)]))
 
 
+def _check_records(evaluation: Evaluation, teacher: Evaluation) -> None:
+    if [answer.id for answer in teacher.answers] != [answer.id for answer in evaluation.answers]:
+        raise BadInput("the teacher answered other records than the student: calibration compares them one by one")
+
+
 def _known(evaluation: Evaluation, teacher: Evaluation | None, good: Sequence[float]) -> Known:
     mine, verdicts = evaluation.answers, evaluation.kind == "verdict"
     student, top = np.array(evaluation.quality()), 1.0 if verdicts else 100.0
     best, apart = np.full(len(mine), top), top - student
     if teacher is not None:
+        _check_records(evaluation, teacher)
         its = teacher.answers
-        if [answer.id for answer in its] != [answer.id for answer in mine]:
-            raise BadInput("the teacher answered other records than the student: calibration compares them one by one")
         best = np.array(teacher.quality())
         if verdicts:
             apart = np.array([float(one.verdict != other.verdict) for one, other in zip(mine, its, strict=True)])
