@@ -16,17 +16,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
 from sqlalchemy.exc import DBAPIError
 
-from node.engine.worker import Busy, Late, NoModel
+from node.engine.worker import Busy, Late, NoModel, probe
 from node.store import MetaRow
 from protocol.errors import MilpaError
-from protocol.tasks import Record, task_named
+from protocol.tasks import task_named
 
 if TYPE_CHECKING:
     from node.app import Daemon
 
-PROBE = "soil 21 C"  # any text does
 PROBE_S = 20.0  # seconds for one token behind whatever waits
 HTTP_S = 5.0
 WRITE_S = 600.0  # seconds between written probes: 144 a day, about 1 MB on the card
@@ -63,9 +63,9 @@ class Watchdog:
         if moved or speaker is None:
             return ""
         task = task_named(speaker.task)
-        prompt = task.prompt(Record(id="watchdog", task=task.name, source=PROBE))
+        opening = msgspec.structs.replace(task.form, codes=())  # what is kept of the prompts' beginning stays so; one token is enough
         try:
-            worker.ask(task.name, prompt, max_new_tokens=1, deadline_s=self._probe_s)
+            worker.ask(task.name, probe(task), max_new_tokens=1, deadline_s=self._probe_s, form=opening)
         except NoModel:
             return ""
         except (Busy, Late) as error:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from node.engine.worker import Speaker, Speaks, usable
+from node.engine.worker import Speaker, Speaks, probe, usable
 from node.settings import Model
 from node.update.selftest import known_answers_hold
 from node.update.slots import ActiveRelease
@@ -10,9 +10,7 @@ from protocol import codec
 from protocol.confidence import CALIBRATION_LIMIT, Calibration
 from protocol.errors import BadInput, DoesNotFit, WrongDigest
 from protocol.models.engine import Engine
-from protocol.tasks import Record, task_named
-
-PROBE = "soil 21 C"  # any text does: it shows that the model computes finite figures
+from protocol.tasks import task_named
 
 
 def load_release(active: ActiveRelease, *, threads: int, context: int) -> Speaker:
@@ -75,8 +73,7 @@ def prove(candidate: Speaker, active: ActiveRelease | None = None) -> None:
         DoesNotFit: it does not compute, or answers otherwise than on the coordinator.
     """
     task = task_named(candidate.task)
-    probe = task.prompt(Record(id="probe", task=task.name, source=PROBE))
-    if not candidate.engine.generate(probe, max_new_tokens=4, form=task.form).tokens:
+    if not candidate.engine.generate(probe(task), max_new_tokens=4, form=task.form).tokens:
         raise DoesNotFit("the model says nothing at all")
     if active is not None and active.role == "student":
         known_answers_hold(

@@ -28,7 +28,7 @@ import msgspec
 from protocol.confidence import Calibration
 from protocol.errors import BadInput, Unavailable
 from protocol.models.generation import Generation, Piece
-from protocol.tasks import Form
+from protocol.tasks import Form, Record, Task
 
 if TYPE_CHECKING:  # a daemon without a model must not pay for llama.cpp and numpy: 20 MiB
     import numpy as np
@@ -350,6 +350,11 @@ class Worker:
             if job.rank == FIRST and job.task:
                 self._seconds += REMEMBERED * (seconds - self._seconds)
             return found
+
+
+def probe(task: Task) -> str:
+    """A prompt that only asks whether the model computes: any text does."""
+    return task.prompt(Record(id="probe", task=task.name, source="soil 21 C"))
 
 
 def usable(calibration: Calibration | None, engine: Speaks) -> Calibration | None:

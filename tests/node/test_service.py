@@ -27,6 +27,7 @@ from node.watchdog import Watchdog
 from protocol import logs
 from protocol.errors import BadInput, Unavailable
 from protocol.ports import free_port
+from protocol.tasks import Form, translation
 from tests.node.conftest import DEADLINE_S, ENVIRONMENT, ROOT, ask, eventually, settings
 from tests.node.fake_engine import FakeEngine
 
@@ -154,6 +155,16 @@ def alive(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_healthy_node_is_told_alive_after_a_prompt_of_one_token(alive: Any) -> None:
     assert Watchdog(alive).trouble() == ""
     assert len(alive.worker.speaker.engine.prompts) == 1
+
+
+def test_the_probe_leaves_the_kept_beginning_of_prompts_where_it_is(alive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = translation("English", "Spanish")
+    engine, forms = FakeEngine(), list[Form]()
+    monkeypatch.setattr(engine, "generate", lambda *_, form, **__: forms.append(form) or FakeEngine().generate("x", max_new_tokens=1))
+    alive.worker.swap_after_current_record(Speaker(engine, task.name))
+
+    assert Watchdog(alive).trouble() == ""
+    assert [form.opening for form in forms] == [task.form.opening] != [""]
 
 
 def test_answers_given_meanwhile_spare_the_probe(alive: Any) -> None:
