@@ -82,7 +82,7 @@ def _take_a_release(folder: Path, settings: Settings) -> None:
     """The node's disk as it is after a season: one release, taken while there was a network."""
     from fastapi import FastAPI
 
-    from bench.node_footprint import student
+    from bench.student import packed
     from coordinator.fleet.publishing import Publisher, build_release
     from coordinator.fleet.repository import routes
     from node.api.server import Server, bind
@@ -92,7 +92,7 @@ def _take_a_release(folder: Path, settings: Settings) -> None:
     publisher = Publisher(folder / "repository")
     publisher.init()
     (folder / "root.json").write_bytes(publisher.root_bytes())
-    release, files = build_release(1, "ranch", [("student", "model", student(settings), "")])
+    release, files = build_release(1, "ranch", [("student", "model", packed(settings), "")])
     publisher.publish(release, files)
     app = FastAPI()
     app.include_router(routes(publisher))
