@@ -10,7 +10,6 @@ is kept in --work; the same command goes on. Writes bench/results/ablation-NAME.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -142,7 +141,7 @@ def generic(arms: Arms) -> dict[str, Any]:
         arms.trained("generic 30%", start, mixed(inside, outside[-TRAINING:], share=GENERIC_SHARE, seed=settings.seed)),
         arms.trained("generic 0%", start, inside),
     )
-    sets = {"kitchen": within[:JUDGED], "elsewhere": beyond[:JUDGED]}
+    sets: dict[str, Sequence[Record]] = {"kitchen": within[:JUDGED], "elsewhere": beyond[:JUDGED]}
     return {"sets": arms.compared(("generic 30%", "generic 0%"), models, sets), "records": len(inside)}
 
 
@@ -199,4 +198,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,6 +16,7 @@ from bench.kept import answered, distilled
 from bench.settings import TRANSLATION, Settings
 from coordinator.forge.judging.calibrate import fit, good_enough
 from coordinator.forge.judging.evaluation import Evaluation
+from coordinator.forge.pipeline import Budget
 from coordinator.ranch import generate, site_named
 from protocol.confidence import FEATURES, Calibration
 from protocol.digests import digest_file
@@ -103,7 +104,7 @@ def _models(settings: Settings, key: str, task: Task, train: Sequence[Record], *
         student, teacher = folder / "student.gguf", folder / "teacher.gguf"
         if student.is_file() and teacher.is_file():
             return student, teacher
-    made = distilled(settings, key, task, train, cpu_s=CPU_S, **plan)
+    made = distilled(settings, key, task, train, budget=Budget.named(str(CPU_S)), **plan)
     return made.student, made.teacher
 
 

@@ -14,16 +14,17 @@ from bench.settings import TRANSLATION, Settings
 from coordinator.forge.judging.evaluation import Evaluation, evaluate_texts, few_shot, paired_bootstrap
 from coordinator.forge.judging.peers import apertium
 from coordinator.forge.pairs import read_pairs
+from coordinator.forge.pipeline import Budget
 from protocol.tasks import Record
 
-CPU_S = 6 * 3600.0
+CPU_S = 6 * 3600
 SHOTS = 5
 KEY = "tatoeba"
 
 
 def measure(settings: Settings) -> dict[str, Any]:
     train = settings.pairs("train")
-    made = distilled(settings, KEY, TRANSLATION, train, cpu_s=CPU_S, preset="small", kind="Q4_K_M")
+    made = distilled(settings, KEY, TRANSLATION, train, budget=Budget.named(str(CPU_S)), preset="small", kind="Q4_K_M")
     found: dict[str, Any] = {}
     for number, (name, test) in enumerate({"tatoeba": settings.pairs("test"), "ntrex": ntrex(settings)}.items()):
         teacher = answered(settings, KEY, f"{name}-teacher", made.teacher, test, TRANSLATION)

@@ -138,7 +138,7 @@ class Table(msgspec.Struct, frozen=True):
             BadInput: more or other figures than the row has.
         """
         row = self.rows[key]
-        several = {key: found} if "figure" in found else dict(found)
+        several: dict[str, Any] = {key: found} if "figure" in found else dict(found)
         names = row.names(key)
         if strange := [name for name in several if name not in names]:
             raise BadInput(f"bench/{self.name}_{key}.py gave {', '.join(strange)}; this row has {', '.join(names)}")
@@ -154,8 +154,8 @@ class Table(msgspec.Struct, frozen=True):
 
     def merge(self, entries: Mapping[str, Any], file: Path) -> None:
         """Put the entries into the results, keep the others, in the order of the table."""
-        kept = msgspec.json.decode(file.read_bytes())["figures"] if file.is_file() else {}
-        kept |= entries
+        kept: dict[str, Any] = msgspec.json.decode(file.read_bytes())["figures"] if file.is_file() else {}
+        kept.update(entries)
         order = [name for key, row in self.rows.items() for name in row.names(key)]
         file.parent.mkdir(parents=True, exist_ok=True)
         figures = {name: kept[name] for name in order if name in kept}

@@ -21,12 +21,12 @@ TOGETHER = 100  # prompts
 LEAST_S = 10.0  # the smallest budget there is
 
 
-def distilled(settings: Settings, key: str, task: Task, records: Sequence[Record], *, cpu_s: float, **plan: Any) -> Forged:
-    """Teacher and student of `cpu_s` CPU-seconds of training, made once."""
+def distilled(settings: Settings, key: str, task: Task, records: Sequence[Record], *, budget: Budget, **plan: Any) -> Forged:
+    """Teacher and student of a budget in CPU-seconds, made once."""
     if settings.quick:
         few = Recipe(mode="full", learning_rate=3e-3, steps=4)
         plan = {"blocks": 2, "kind": "Q8_0", "correct": few, "student": few}
-    budget = Budget.named(str(LEAST_S if settings.quick else round(cpu_s / settings.threads)))
+    budget = Budget.named(str(LEAST_S)) if settings.quick else budget.over(settings.threads)
     folder = settings.folder(key)
     return forge(
         task,

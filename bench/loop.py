@@ -42,8 +42,8 @@ def ran(seed: int) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def rows(result: dict) -> list[tuple[str, ...]]:
-    found = [("site", "before", "after", "paired difference, points")]
+def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = [("site", "before", "after", "paired difference, points")]
     for name, site in result["sites"].items():
         pair = site["paired"]
         found.append(

@@ -246,7 +246,7 @@ def quality(evaluation: Evaluation, *, seed: int) -> dict[str, Any]:
 
 
 def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
-    found = [("task", "memory", "quality (95%)", "minus off", "from memory", "p50, x off", "p50, off, ms")]
+    found: list[tuple[str, ...]] = [("task", "memory", "quality (95%)", "minus off", "from memory", "p50, x off", "p50, off, ms")]
     for name in ("ranch", "translation"):
         for use in rules.USES if name in figures else ():
             one = figures[name][use]

@@ -52,7 +52,7 @@ def by_chance(confidences: Sequence[float], *, seed: int) -> float:
 
 
 def shares(both: dict[str, Cascade], settings: Settings) -> dict[str, Any]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (name, cascade), budget in product(both.items(), BUDGETS):
         for stream, confidences in streams(cascade).items():
             sent = asked(confidences, cascade.calibration, share=budget, seed=settings.seed)

@@ -65,7 +65,7 @@ def measured(settings: Settings) -> dict[str, list[float]]:
 class Trusting(Session):
     """A session that does not believe the broker's limit, so that what is too large goes out."""
 
-    maximum_packet = property(lambda self: 10**9, lambda self, told: None)  # type: ignore[assignment]
+    maximum_packet = property(lambda self: 10**9, lambda self, told: None)
 
 
 def _turn(database: Path, broker: Broker, kind: str, arrived: "queue.Queue[bytes]", *, seed: int) -> float:

@@ -201,7 +201,7 @@ def tell(done: int, total: int) -> None:
 
 
 def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
-    found = [("system or site", "BLEU", "chrF (95%)", "MiB", "tokens/s")]
+    found: list[tuple[str, ...]] = [("system or site", "BLEU", "chrF (95%)", "MiB", "tokens/s")]
     for name, row in figures.get("table", {}).items():
         low, high = row["chrf_ci"]
         found.append((name, f"{row['bleu']:.1f}", f"{row['chrf']:.1f} ({low:.1f}-{high:.1f})", f"{row.get('file_mb', 0):.0f}",

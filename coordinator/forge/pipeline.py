@@ -76,6 +76,10 @@ class Budget:
             raise BadInput(f"budget {name!r} is not usable: say {', '.join(PRESETS)} or a number of seconds, 10 or more")
         return cls(name, 0.52 * seconds, 0.15 * seconds, 0.33 * seconds)
 
+    def over(self, cores: int) -> "Budget":
+        """A budget of CPU-seconds in wall-clock seconds, where that many cores work at once."""
+        return Budget(self.name, self.correct_s / cores, self.capture_s / cores, self.student_s / cores)
+
 
 PRESETS = {"demo": Budget("demo", 180.0, 30.0, 135.0), "hour": Budget("hour", 1800.0, 500.0, 1100.0)}
 
