@@ -44,7 +44,8 @@ class Size(msgspec.Struct, frozen=True):
     train: int = 4_000  # general records offered to the distillation; its budget of seconds decides how many are seen
     dev: int = 200  # for calibration
     test: int = 200  # for evidence
-    general: int = 200  # of those, to see that a merge loses nothing general; and a quarter as many of dev to choose its scale
+    general: int = 500  # of test, to see that a merge loses nothing general: 200 refuse one good merge in ten (docs/log.md)
+    general_scale: int = 100  # of dev, to choose the merge's scale
     season: int = 200  # records a site, in each season
     scale: int = 48  # a site, to choose the merge's scale
     gate: int = 140  # a site, to judge the merge
@@ -55,7 +56,7 @@ class Size(msgspec.Struct, frozen=True):
 SIZES = {
     "default": Size(),
     "tiny": Size(
-        train=200, dev=40, test=40, general=40, season=40, scale=20, gate=20, budget="60"
+        train=200, dev=40, test=40, general=40, general_scale=10, season=40, scale=20, gate=20, budget="60"
     ),  # the same path in a few minutes: shows nothing
 }
 
@@ -122,15 +123,16 @@ class Demo:
 
         with self._stage("simulate the sites"):
             general, found = site_named("general"), {}
-            for split in ("train", "dev", "test"):
-                found[split] = generate(general, seed=self.seed, count=getattr(self.size, split), split=split)
+            for split, count in (("train", self.size.train), ("dev", self.size.dev), ("test", max(self.size.test, self.size.general))):
+                found[split] = generate(general, seed=self.seed, count=count, split=split)
             for name in self.sites:
                 site = site_named(name)
                 found[f"{name} season 1"] = generate(site, seed=self.seed, count=self.size.season, split="train")
                 held = generate(site, seed=self.seed, count=self.size.scale + self.size.gate, split="dev")
                 found[f"{name} scale"], found[f"{name} gate"] = held[: self.size.scale], held[self.size.scale :]
                 found[f"{name} season 2"] = generate(site, seed=self.seed, count=self.size.season, split="test")
-            found["general gate"], found["general scale"] = found["test"][: self.size.general], found["dev"][: self.size.general // 4]
+            found["general gate"], found["general scale"] = found["test"][: self.size.general], found["dev"][: self.size.general_scale]
+            found["test"] = found["test"][: self.size.test]
             for name, rows in found.items():
                 loop.write_records(self._record_file(name), rows)
         return found

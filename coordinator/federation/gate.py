@@ -6,14 +6,17 @@ All must hold, each on held-out records that chose nothing (eta was chosen on de
  * at no site clearly worse (interval below zero).
 
 Why a point estimate for the margin: a non-inferiority interval of +-2 points needs thousands of paired records; a round has hundreds.
-The interval is in the reasons, so nobody has to take the point for more than it is.
+The interval is in the reasons, so nobody has to take the point for more than it is; and a refusal says how often chance alone would have
+refused a merge that loses nothing, because a general set of a few hundred records does that too often.
 """
 
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import msgspec
 
 GENERAL_MARGIN = 0.03  # of the metric's unit: 3 points of accuracy or chrF
+TOO_OFTEN = 0.05  # of rounds; an unharmed model is refused that often: the general set is too small for the margin
 
 
 class Comparison(msgspec.Struct, frozen=True):
@@ -57,8 +60,18 @@ def decide(
         passed.append("no general set was given: loss of general ability was not looked for")
     else:
         too_low, clearly = general.diff < -margin, general.high < 0
-        told = f"; worse by more than {margin:g}" if too_low else "; clearly worse" if clearly else ""
+        told = f"; worse by more than {margin:g}{_by_chance(general, margin)}" if too_low else "; clearly worse" if clearly else ""
         (failed if told else passed).append(f"general: {general.words()}{told}")
     for site in sites:
         (failed if site.high < 0 else passed).append(f"site {site.words()}" + ("; clearly worse" if site.high < 0 else ""))
     return GateDecision(release=not failed, reasons=tuple(failed + passed))
+
+
+def _by_chance(general: Comparison, margin: float) -> str:
+    """What an operator should know of a refusal by the margin: a set this small refuses merges that lose nothing, too."""
+    error = (general.high - general.low) / (2 * NormalDist().inv_cdf(0.975))
+    share = NormalDist(0.0, error).cdf(-margin) if error else 0.0
+    if share <= TOO_OFTEN:
+        return ""
+    enough = round(general.n * (error * NormalDist().inv_cdf(1 - TOO_OFTEN) / margin) ** 2)
+    return f"; {general.n} records refuse {share:.0%} of the merges that lose nothing, about {enough} would refuse {TOO_OFTEN:.0%}"

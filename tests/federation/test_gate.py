@@ -32,6 +32,14 @@ def test_a_loss_of_general_ability_beyond_the_margin_is_not_released() -> None:
     assert "worse by more than 0.03" in decision.reasons[0]
 
 
+def test_a_refusal_by_a_small_general_set_says_how_often_chance_does_that_and_what_would_be_enough() -> None:
+    few = decide(BETTER, general=compared("general", 0.50, 0.46, half=0.045, n=200), sites=[])
+    many = decide(BETTER, general=compared("general", 0.50, 0.46, half=0.02, n=1_000), sites=[])
+
+    assert "200 records refuse 10% of the merges that lose nothing, about 317 would refuse 5%" in few.reasons[0]
+    assert "lose nothing" not in many.reasons[0]
+
+
 def test_a_small_but_certain_loss_of_general_ability_is_not_released() -> None:
     decision = decide(BETTER, general=compared("general", 0.80, 0.78, half=0.01), sites=[])
 
