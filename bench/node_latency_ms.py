@@ -45,6 +45,7 @@ RECORDS, QUICK_RECORDS = 200, 4
 COUNTED = 2_000  # records whose pieces the vocabulary keeps
 CALIBRATED_ON = 16  # records that say which heads and neurons stay
 WARM_UP = 5
+SMALLER = ("tiny", "nano")  # presets beside it
 SHOTS = 4  # solved examples in the longest fixed beginning
 PAIRS, QUICK_PAIRS = 200, 3  # records sent to both daemons
 REPLY_S = 60.0  # until a question must be answered
@@ -58,9 +59,13 @@ def measure(settings: Settings) -> dict[str, Any]:
     with Engine(model, threads=1) as engine:
         alone = speed(engine, RANCH, records)
         prefix = [saved(engine, count, records) for count in (0, SHOTS // 2, SHOTS)]
+    smaller = {}
+    for name in SMALLER:
+        with Engine(student(settings, name), threads=1) as engine:
+            smaller[name] = speed(engine, RANCH, records)
     return {
         "latency_ms": {
-            "figure": alone["wall_ms"], **alone, "against": {}, "prefix": prefix, "n": len(records), "trained": False,
+            "figure": alone["wall_ms"], **alone, "against": smaller, "prefix": prefix, "n": len(records), "trained": False,
             "megabytes": model.stat().st_size / 1e6,
         },
         "latency_ms_2": delay(settings, model),
@@ -71,10 +76,10 @@ def ranch(settings: Settings, split: str, count: int) -> list[Record]:
     return generate(site_named("general"), seed=settings.seed, count=QUICK_RECORDS if settings.quick else count, split=split)
 
 
-def student(settings: Settings) -> Path:
-    """The file, made once."""
+def student(settings: Settings, name: str = "small") -> Path:
+    """The file of that preset, made once."""
     folder = settings.folder("latency_ms")
-    path = folder / "small-ranch.gguf"
+    path = folder / f"{name}-ranch.gguf"
     if not path.is_file():
         counted = ranch(settings, "train", COUNTED)
         texts = [text for one in counted for text in (RANCH.prompt(one), RANCH.target(one))]
@@ -82,7 +87,7 @@ def student(settings: Settings) -> Path:
         trim(settings.base(), [*texts, RANCH.template, *RANCH.codes], trimmed)
         with Tokenizer(trimmed) as tokenizer:
             examples = [make_example(tokenizer, RANCH, record) for record in counted[:CALIBRATED_ON]]
-        cut_evenly(Checkpoint.read(trimmed), examples, quick=settings.quick).write(cut)
+        cut_evenly(Checkpoint.read(trimmed), examples, quick=settings.quick, name=name).write(cut)
         quantise(cut, path, "F16" if settings.quick else "Q4_K_M", threads=settings.threads)
     return path
 
@@ -91,12 +96,12 @@ def student(settings: Settings) -> Path:
 
 
 def speed(engine: Engine, task: Task, records: Sequence[Record]) -> dict[str, float]:
-    """Medians a record: wall clock and processor ms, tokens read and written."""
+    """Medians a record: wall clock and processor ms, ms until the first token (the reading), tokens read and written."""
     answer = _answers(engine, task)
     for record in records[:WARM_UP]:
         answer(record)
     found = [answer(record) for record in records]
-    names = ("wall_ms", "cpu_ms", "prompt_tokens", "answer_tokens")
+    names = ("wall_ms", "cpu_ms", "first_ms", "prompt_tokens", "answer_tokens")
     return {name: statistics.median(one[place] for one in found) for place, name in enumerate(names)}
 
 
@@ -112,12 +117,16 @@ def saved(engine: Engine, shots: int, records: Sequence[Record]) -> dict[str, fl
     return {"examples": float(shots), "cpu_ms_kept": statistics.median(kept), "cpu_ms_anew": statistics.median(anew)}
 
 
-def _answers(engine: Engine, task: Task) -> Callable[[Record], tuple[float, float, int, int]]:
-    def answer(record: Record) -> tuple[float, float, int, int]:
+def _answers(engine: Engine, task: Task) -> Callable[[Record], tuple[float, float, float, int, int]]:
+    def answer(record: Record) -> tuple[float, float, float, int, int]:
         length = engine.count(task.target(record)) + 1
         wall, cpu = time.perf_counter(), time.thread_time()
-        said = engine.generate(task.prompt(record), max_new_tokens=length, form=task.form)
-        return 1000 * (time.perf_counter() - wall), 1000 * (time.thread_time() - cpu), said.prompt_tokens, len(said.tokens)
+        heard: list[float] = []
+        said = engine.generate(
+            task.prompt(record), max_new_tokens=length, form=task.form, on_piece=lambda _: heard.append(time.perf_counter())
+        )
+        took = (1000 * (time.perf_counter() - wall), 1000 * (time.thread_time() - cpu), 1000 * (heard[0] - wall))
+        return (*took, said.prompt_tokens, len(said.tokens))
 
     return answer
 

@@ -1,7 +1,7 @@
 """Records that were acknowledged and lost, and records applied twice, while everything is killed and cut off at random.
 
     site (this process) --ok?--> sender process --proxy--> mosquitto --proxy--> coordinator process
-                                 Store, Inbox,              the shipped          Listener, Ledger
+                                 Store, Reporter,           the shipped          Listener, Ledger
                                  Outbox, Drain, Session     settings
 
 The site hands records over and counts one as acknowledged when the sender says so, after its commit; what was not acknowledged before a

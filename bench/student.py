@@ -35,8 +35,10 @@ def packed(settings: Settings, *, heads: int | None = None, embedding: str | Non
     return path
 
 
-def cut_evenly(teacher: Checkpoint, examples: Sequence[Example], *, quick: bool, heads: int | None = None) -> Checkpoint:
-    """The `small` student of a teacher, its blocks evenly spread: the same for all that are compared."""
-    wanted = QUICK if quick else preset("small")
+def cut_evenly(
+    teacher: Checkpoint, examples: Sequence[Example], *, quick: bool, heads: int | None = None, name: str = "small"
+) -> Checkpoint:
+    """The student of that preset, its blocks evenly spread: the same for all that are compared."""
+    wanted = QUICK if quick else preset(name)
     wanted = msgspec.structs.replace(wanted, heads=heads or wanted.heads)
     return cut_student(teacher, wanted, examples, blocks=evenly(teacher.blocks, wanted.blocks))[0]

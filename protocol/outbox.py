@@ -9,7 +9,7 @@ question   `settle`, when its reply was applied     60 s, doubling to an hour   
 event      the coordinator's Ack (`settle`)         60 s, doubling to an hour       third    last                for ever
 bulk       its receiver's Ack (`settle`)            60 s, doubling to an hour       last     first               30 days
 
-A PUBACK is the broker's word that it has the message, not the receiver's: so we repeat, and receivers are idempotent by id (`inbox`).
+A PUBACK is the broker's word that it has the message, not the receiver's: so we repeat, and receivers are idempotent by id.
 Oldest first inside a class; at most IN_FLIGHT at once; a message past `expires` leaves unsent.
 Size: `put` refuses what no packet can carry, by our own limit and by the broker's once a CONNACK has told it (`connected`).
 Bytes: what the link does not carry, or what today's bytes do not reach for, waits here (`links`, `meter`); the order stays.
