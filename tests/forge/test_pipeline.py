@@ -156,6 +156,10 @@ def test_a_budget_is_a_name_or_seconds(name: str) -> None:
         Budget.named(name)
 
 
+def test_a_budget_of_processor_seconds_is_shared_by_the_cores_that_work_at_once() -> None:
+    assert Budget("mine", correct_s=100.0, capture_s=40.0, student_s=60.0).over(2) == Budget("mine", 50.0, 20.0, 30.0)
+
+
 def refused(arguments: list[str]) -> str:
     import typer
 
