@@ -140,18 +140,18 @@ class FaultProxy:
             return
         with self._lock:
             self._open += [client, server]
-        left = _Allowance(fault.half_open_after)
-        up = Pump(self, client, server, fault, left, rng=random.Random(f"{self.seed}/{number}/up"), up=True)
-        down = Pump(self, server, client, fault, left, rng=random.Random(f"{self.seed}/{number}/down"), up=False)
+        shared = Shared(fault.half_open_after)
+        up = Pump(self, client, server, fault, shared, rng=random.Random(f"{self.seed}/{number}/up"), up=True)
+        down = Pump(self, server, client, fault, shared, rng=random.Random(f"{self.seed}/{number}/down"), up=False)
         threading.Thread(target=up.run, daemon=True).start()
         down.run()
 
 
-class _Allowance:
-    """Bytes that both directions of a connection share before it falls silent."""
+class Shared:
+    """What both directions of a connection share: the bytes before it falls silent, and whether it ends with RST."""
 
     def __init__(self, count: int | None) -> None:
-        self.left, self._lock = count, threading.Lock()
+        self.left, self.reset, self._lock = count, False, threading.Lock()
 
     def take(self, count: int) -> int:
         """How many of `count` may still pass."""
@@ -167,9 +167,9 @@ class Pump:
     """Moves one connection's bytes in one direction, as its fault says."""
 
     def __init__(
-        self, proxy: FaultProxy, source: socket.socket, sink: socket.socket, fault: Fault, left: _Allowance, *, rng: random.Random, up: bool
+        self, proxy: FaultProxy, source: socket.socket, sink: socket.socket, fault: Fault, shared: Shared, *, rng: random.Random, up: bool
     ) -> None:
-        self.proxy, self.source, self.sink, self.fault, self.shared, self.rng, self.up = proxy, source, sink, fault, left, rng, up
+        self.proxy, self.source, self.sink, self.fault, self.shared, self.rng, self.up = proxy, source, sink, fault, shared, rng, up
         cut = fault.cut_after_up if up else fault.cut_after
         self.left = 1 << 62 if cut is None else cut
         self.rate = fault.bytes_per_s if fault.bytes_per_s_up is None or not up else fault.bytes_per_s_up
@@ -177,22 +177,20 @@ class Pump:
 
     def run(self) -> None:
         """Until one end goes, or the cut."""
-        reset = False
         try:
-            while block := self.source.recv(BLOCK):
-                if self.fault.black_hole:
-                    continue
-                for part in self._sliced(block):
-                    self._pass(part)
-                if self.left <= 0:
-                    reset = self.fault.reset
-                    break
-        except OSError:
-            reset = False  # one end is gone already
+            with contextlib.suppress(OSError):  # one end is gone already
+                while block := self.source.recv(BLOCK):
+                    if self.fault.black_hole:
+                        continue
+                    for part in self._sliced(block):
+                        self._pass(part)
+                    if self.left <= 0:
+                        self.shared.reset = self.fault.reset  # before either end goes: the other direction must not say goodbye then
+                        break
         finally:
             down, up = (self.source, self.sink) if not self.up else (self.sink, self.source)
             _close(down)  # the target's end
-            _end(up, reset=reset)
+            _end(up, reset=self.shared.reset)
 
     def _sliced(self, block: bytes) -> list[bytes]:
         if not self.fault.slice_bytes:

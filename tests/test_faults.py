@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults import LORA_DR5, Fault, FaultProxy, Flap, Pump, _Allowance, flap_times
+from tests.faults import LORA_DR5, Fault, FaultProxy, Flap, Pump, Shared, flap_times
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_the_same_seed_slices_and_delays_the_same_connection_alike(echo):
     def behaviour(seed: int, number: int) -> list[int]:
         rng = random.Random(f"{seed}/{number}/up")
         with socket.socket() as nobody, FaultProxy(echo, seed=seed) as proxy:
-            pump = Pump(proxy, nobody, nobody, Fault(slice_bytes=9), _Allowance(None), rng=rng, up=True)
+            pump = Pump(proxy, nobody, nobody, Fault(slice_bytes=9), Shared(None), rng=rng, up=True)
             return [len(part) for part in pump._sliced(b"x" * 500)]
 
     assert behaviour(3, 0) == behaviour(3, 0)
