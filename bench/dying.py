@@ -40,7 +40,7 @@ def send(folder: Path, port: int) -> None:
             continue
         number = int(line)
         with store.transaction() as transaction:
-            if transaction.execute(insert(taken).values(number=number).on_conflict_do_nothing()).rowcount:
+            if transaction.execute(insert(taken).values(number=number).on_conflict_do_nothing().returning(taken.c.number)).first():
                 reporter.report(transaction, "record", {"record": float(number)})
         outbox.wake()
         print(f"ok {number}", flush=True)

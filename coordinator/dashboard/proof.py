@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from coordinator.dashboard import losses
 from coordinator.dashboard.charts import Bar, Plot, bar, finite, plot
 from coordinator.dashboard.views import wilson
 from coordinator.dashboard.words import NO_VALUE, THIN, Words
@@ -36,25 +37,12 @@ class Row(msgspec.Struct, frozen=True):
     latency: str
 
 
-class Category(msgspec.Struct, frozen=True):
-    """One verdict code: this release and what it is compared with."""
-
-    name: str
-    bar: Bar
-    told: str
-    before: str
-    change: str
-    worse: bool
-    n: int
-
-
 class Set(msgspec.Struct, frozen=True):
     """One held-out set."""
 
     name: str
     rows: tuple[Row, ...]
-    categories: tuple[Category, ...]
-    compared_with: str  # of the categories: "" nothing, "teacher", "before"
+    tables: tuple[losses.Table, ...]
     baselines: tuple[tuple[str, str], ...]
     statements: tuple[str, ...]
 
@@ -63,6 +51,7 @@ class Proof(msgspec.Struct, frozen=True):
     """A bundle, ready to print."""
 
     metric: str  # "accuracy", "chrf" or "bleu"
+    lost: tuple[str, ...]  # what the evidence says of losses by kind of record
     sets: tuple[Set, ...]
     not_tested: tuple[str, ...]
     signatures: tuple[str, ...]
@@ -156,11 +145,10 @@ def proof(
             continue
         first = quality_of(figures_of(found, "student")) or quality_of(figures_of(found, "teacher"))
         metric = metric or (first[0] if first else "")
-        categories, compared = _categories(found, then.get(name, {}), words)
         baselines = found.get("baselines")
         shown.append(
             Set(
-                name=name, rows=rows, categories=categories, compared_with=compared,
+                name=name, rows=rows, tables=losses.tables(name, found, then.get(name, {}), release.evidence or {}, words),
                 baselines=tuple(_baselines(baselines, words)) if isinstance(baselines, Mapping) else (),
                 statements=_lines(found.get("statements")),
             )
@@ -173,7 +161,7 @@ def proof(
     computer = ", ".join(str(machine[key]) for key in ("cpu", "system") if machine.get(key)) if isinstance(machine, Mapping) else ""
     seed = release.evidence.get("seed")
     return Proof(
-        metric=metric, sets=tuple(shown), not_tested=_lines(release.evidence.get("not_tested")),
+        metric=metric, lost=losses.told(release.evidence), sets=tuple(shown), not_tested=_lines(release.evidence.get("not_tested")),
         signatures=tuple(dict.fromkeys(signatures)), command=_text(release.evidence.get("command")), machine=computer,
         commit=_text(release.evidence.get("commit")), seed=str(seed) if isinstance(seed, int) else "",
     )  # fmt: skip
@@ -321,40 +309,6 @@ def _row(
             speed=measure("tokens_per_second", "tok/s", 0), latency=measure("latency_p50_ms", "ms", 0),
         )
     ]  # fmt: skip
-
-
-def _categories(found: Mapping[str, Any], earlier: Mapping[str, Any], words: Words) -> tuple[tuple[Category, ...], str]:
-    """Per code, those that got worse first: against the release before where it has the same code, else against the teacher."""
-    codes = [row for row in _list(found.get("codes")) if isinstance(row, Mapping) and (finite(row.get("n")) or 0) > 0]
-    was = {str(row.get("code")): row for row in _list(earlier.get("codes")) if isinstance(row, Mapping) and (finite(row.get("n")) or 0) > 0}
-    compared = "before" if was else "teacher" if any(finite(row.get("teacher")) is not None for row in codes) else ""
-    rows = []
-    for row in codes:
-        n, right = int(row["n"]), finite(row.get("student"))
-        if right is None:
-            continue
-        share = right / n
-        other: float | None = None
-        others = n
-        if compared == "before" and (old := was.get(str(row.get("code")))) is not None:
-            known = finite(old.get("student"))
-            other, others = (known / int(old["n"]) if known is not None else None), int(old["n"])
-        elif compared == "teacher" and (theirs := finite(row.get("teacher"))) is not None:
-            other = theirs / n
-        change = None if other is None else share - other
-        worse = other is not None and surely_less(share, n, other, others)
-        rows.append(
-            (change if change is not None else 0.0,
-             Category(str(row.get("code")), bar(share, None, None, top=1.0), words.percent(share, 0), words.percent(other, 0),
-                      words.signed(100 * change, 0) if change is not None else NO_VALUE, worse, n))
-        )  # fmt: skip
-    return tuple(category for _, category in sorted(rows, key=lambda pair: (pair[0], pair[1].name))), compared
-
-
-def surely_less(share: float, n: int, other: float, others: int) -> bool:
-    """Whether the 95% interval of the difference of two shares lies below zero (Newcombe 1998, method 10)."""
-    high, low = wilson(round(share * n), n)[1], wilson(round(other * others), others)[0]
-    return share - other + ((high - share) ** 2 + (other - low) ** 2) ** 0.5 < 0
 
 
 def _baselines(baselines: Mapping[str, Any], words: Words) -> list[tuple[str, str]]:

@@ -27,6 +27,12 @@ def figures(right: int, n: int, *, chrf: float, mb: float, rss: float, speed: fl
     }  # fmt: skip
 
 
+def category(name: str, measure: str, n: int, teacher: float, student: float, *, half: float) -> dict[str, Any]:
+    values = {"teacher": teacher, "student": student}
+    models = {model: {"value": value, "low": value - half, "high": value + half} for model, value in values.items()}
+    return {"category": name, "measure": measure, "n": n, "models": models}
+
+
 def evidence(number: int, right: int, *, seed: int) -> dict[str, Any]:
     """A bundle in the shape of coordinator/forge/evidence.py."""
     rng = random.Random(seed)
@@ -47,6 +53,10 @@ def evidence(number: int, right: int, *, seed: int) -> dict[str, Any]:
                       "gradient_boosted_trees": {"accuracy": 0.702, "accuracy_ci": [0.67, 0.733]}},
         "statements": [f"general: the student keeps {right / 704:.0%} of the teacher's verdict accuracy (95% interval, paired, n = 800)."],
         "codes": codes,
+        "categories": [
+            category("all", "verdict right", 800, 0.88, right / 800, half=0.03), category("numbers", "chrF", 310, 71.2, 64.0, half=2.1),
+            category("numbers", "kept", 310, 0.94, 0.81, half=0.04), category("length: short", "chrF", 120, 70.0, 71.5, half=3.0),
+        ],
         "confidence": {"calibrated": True, "ece": 0.031, "reliability": bins, "budget": 0.2, "escalated": 0.19, "curve": curve,
                        "accuracy_with_escalation": curve[4][1] - 0.002, "ends": [right / 800, 0.88]},
     }  # fmt: skip
@@ -62,6 +72,11 @@ def evidence(number: int, right: int, *, seed: int) -> dict[str, Any]:
         "lineage": [{"name": "gemma-3-270m Q4_K_M", "file_mb": 241.4, "digest": "1" * 64, "note": "teacher"},
                     {"name": "corrected teacher", "digest": "2" * 64, "file_mb": 243.0}, {"name": "student, 6 layers", "file_mb": 201.0},
                     {"name": "student Q8_0", "digest": "5" * 64, "file_mb": 58.2}],
+        "regressions": {
+            "rows": [{"set": "general", "category": "numbers", "measure": "kept", "against": "teacher", "loss": True},
+                     {"set": "general", "category": "numbers", "measure": "chrF", "against": "teacher", "loss": False}],
+            "statements": ["general, numbers: 13 points fewer answers keep the numbers than the teacher's (n = 310)."],
+        },
         "not_tested": ["Boards: everything ran on the machine named here, none of it on a Raspberry Pi or another ARM board."],
     }  # fmt: skip
 

@@ -91,8 +91,29 @@ def test_a_release_shows_its_evidence_beside_the_one_before_and_what_got_worse_f
 
     assert "79.2%" in page and "77.6%" in page, "this release and the one before it"
     assert "milpa-coordinator evaluate --task ranch" in page
-    changes = [int(value.replace("−", "-").replace("+", "")) for value in re.findall(r'data-label="Change, points">([−+\d]+)', page)]
-    assert changes == sorted(changes) and changes[0] < 0
+    for table in re.findall(r'<table class="dense categories">.*?</table>', page, re.DOTALL):
+        changes = [int(value.replace("−", "-").replace("+", "")) for value in re.findall(r'data-label="Change, points">([−+\d]+)', table)]
+        assert changes == sorted(changes) and changes[0] < 0
+
+
+def test_a_release_shows_kinds_of_record_and_marks_what_the_evidence_named_as_lost(filled):
+    page = filled.get("/releases/3?lang=en").text
+
+    assert "13 points fewer answers keep the numbers" in page
+    marks = re.findall(r'<tr( class="worse")?><th scope="row">(numbers, \w+|length: short, chrF)</th>', page)
+    assert [name for marked, name in marks if marked] == ["numbers, kept"] and len(marks) == 3
+    assert "longitud: corta, chrF" in filled.get("/releases/3?lang=es").text
+
+
+def test_a_release_whose_answers_are_text_has_kinds_of_record_where_it_has_no_verdicts(client, coordinator):
+    bundle = evidence(1, 588, seed=1)
+    del bundle["sets"]["general"]["codes"]
+    coordinator.ledger.add_release(release(1), bundle, NOW)
+
+    page = client.get("/releases/1?lang=en").text
+
+    assert page.count('<table class="dense categories">') == 1
+    assert re.search(r"numbers, chrF 64% 71% −7 310", text(page))
 
 
 def test_a_round_bundle_shows_the_release_before_on_the_same_records_and_the_teacher_of_then(client, coordinator):
