@@ -270,7 +270,8 @@ class KeyValues:
         self.start, self.used = start, used
 
 
-Watch = Callable[[list[int], torch.Tensor, torch.Tensor], None]  # rows still going, their logits (rows, V), the tokens chosen (rows,)
+# Rows still going, the last block's output behind their next token (rows, hidden), its logits (rows, V), the tokens chosen (rows,).
+Watch = Callable[[list[int], torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @torch.inference_mode()
@@ -300,15 +301,16 @@ def generate(
     alive = torch.arange(len(answers), device=ids.device)
     ends = torch.tensor([eos, *stop], device=ids.device)
     for step in range(max_new_tokens):
-        logits = logits_of(model, read_on(model, ids, positions, caches)[:, -1])  # (rows, V)
+        x = read_on(model, ids, positions, caches)[:, -1]  # (rows, hidden)
+        logits = logits_of(model, x)  # (rows, V)
         if step == 0 and samples > 1:
             rows = torch.arange(len(prompts), device=ids.device).repeat_interleave(samples)
-            logits, positions = logits[rows], positions[rows]
+            x, logits, positions = x[rows], logits[rows], positions[rows]
             for cache in caches:
                 cache.keep(rows)
         chosen = logits.argmax(-1) if uniform is None else drawn(logits / temperature, uniform[alive.cpu(), step].to(logits.device))
         if watch:
-            watch(alive.tolist(), logits, chosen)
+            watch(alive.tolist(), x, logits, chosen)
         for row, token in zip(alive.tolist(), chosen.tolist(), strict=True):
             answers[row].append(token)
         kept = (~torch.isin(chosen, ends)).nonzero().squeeze(1)

@@ -1,9 +1,12 @@
 """Capturing a teacher's view: read or asked for, alone or shared out, interrupted or not."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -13,11 +16,11 @@ from coordinator.forge.sharing import Worker
 from coordinator.forge.targets import capture as capturing
 from coordinator.forge.targets.cache import TargetCache, Targets
 from coordinator.forge.targets.capture import CaptureResult, capture, captured_in, examples_of, header_of, log_of
-from coordinator.forge.targets.score import score
+from coordinator.forge.targets.score import score, views
 from protocol.errors import BadInput
 from protocol.models.checkpoint import Checkpoint
-from protocol.models.tokenizer import Tokenizer, make_example
-from protocol.models.torch_model import to_torch
+from protocol.models.tokenizer import Example, Tokenizer, make_example
+from protocol.models.torch_model import generate, to_torch
 from protocol.tasks import RANCH, Record
 
 pytestmark = [pytest.mark.torch, pytest.mark.llama]
@@ -123,6 +126,29 @@ def only(count: int, views: Callable[..., list[object]]) -> Callable[..., list[o
         return views(model, examples, header)
 
     return limited
+
+
+@pytest.mark.parametrize("mode", ["topk", "sampled", "hidden8"])
+def test_an_answer_is_scored_by_what_was_computed_while_it_was_written(
+    tiny: Path, tmp_path: Path, records: Make, monkeypatch: pytest.MonkeyPatch, mode: Literal["topk", "sampled", "hidden8"]
+) -> None:
+    checkpoint, rows = Checkpoint.read(tiny), records(5)
+    model, header = to_torch(checkpoint), header_of(checkpoint, mode=mode, k=20)
+    monkeypatch.setattr(capturing, "passes", lambda *_: True)
+    monkeypatch.setattr(capturing, "views", lambda *_: pytest.fail("a second pass"))
+    drawn = partial(generate, temperature=5.0, seed=1)  # the likeliest tokens of an untrained model are all the same
+    monkeypatch.setattr(capturing, "generate", drawn)
+    with Tokenizer(tiny) as tokenizer, TargetCache(tmp_path / "cache", header) as cache:
+        prompt = tokenizer.encode(RANCH.prompt(rows[0]), bos=True)
+        tokenizer.eos = drawn(model, [prompt], max_new_tokens=RANCH.max_new_tokens + 1, eos=-1)[0][3]  # and none of them is an end
+        found, _ = capture(model, tokenizer, RANCH, rows, cache=cache, log=tmp_path / "log.jsonl")
+        written = [Example(one.prompt, one.target) for one in found if one.kind == "teacher"]
+        kept = [cache.get(one) for one in written]
+
+    assert written and any(one.kind == "own" for one in found)
+    for mine, again in zip(kept, views(model, written, header), strict=True):
+        for one, other in zip(mine, again, strict=True):
+            np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("text", ["1", "2/2", "-1/2", "a/b", "0/0", "0/20000"])

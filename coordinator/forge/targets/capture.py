@@ -1,7 +1,8 @@
 """Capture: the teacher's view of every target token of the training records becomes a target cache.
 
 Two kinds of answers: `teacher`, which the teacher writes itself (greedy; sequence-level distillation, Kim and Rush 2016), and `given`,
-the records' own targets, read and not written: 4 times faster on sentences of ten tokens. One forward pass scores.
+the records' own targets, read and not written: one forward pass scores them. What the teacher writes is scored by what it computed while it
+wrote: no second pass.
 An answer of the teacher must pass the task's gate: of the task's form, finished, and not against a known truth. Where the teacher is wrong
 and the truth is known, the record's own target is learned, without the teacher's view; where nothing is known, the record is left out.
 Several workers may capture into one folder, each its share of the records by hash, with a shard family and a log of its own.
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+import torch
 from transformers import Gemma3ForCausalLM
 
 from coordinator.forge.sharing import Worker
 from coordinator.forge.synthesis.gates import passes
-from coordinator.forge.targets.cache import CacheHeader, TargetCache
-from coordinator.forge.targets.score import views
+from coordinator.forge.targets.cache import Cached, CacheHeader, TargetCache
+from coordinator.forge.targets.score import views, views_of
 from protocol.blobs import whole_lines
 from protocol.digests import digest_value
 from protocol.errors import BadInput
@@ -30,7 +32,9 @@ from protocol.tasks import Record, Task
 TOP_K = 50  # ids a token, or draws
 BATCH = 64  # prompts generated together
 CHUNK = 512  # records sorted by length together
-SCORED = ("teacher", "given")
+SCORED_TOGETHER = 16  # answers: at each of their tokens the vocabulary's logits are held
+
+Scored = list[tuple[Example, Cached]]
 
 
 class Captured(msgspec.Struct, frozen=True):
@@ -111,18 +115,15 @@ def capture(
             if seconds is not None and time.monotonic() - begin > seconds:
                 return done, _result(done, cache, tokens, time.monotonic() - begin)
             batch = chunk[first : first + BATCH]
-            if answers == "teacher":
-                found = _answered(model, tokenizer, task, batch)
-            else:
-                found = [_own(tokenizer, task, record, kind="given") for record in batch]
-            scored = [Example(one.prompt, one.target) for one in found if one.kind in SCORED]
-            for example, view in zip(scored, views(model, scored, cache.header), strict=True):
+            ask = _answered if answers == "teacher" else _given
+            found, scored = ask(model, tokenizer, task, batch, cache.header)
+            for example, view in scored:
                 cache.put(example, view)
             cache.sync()
             with log.open("ab") as file:
                 file.write(b"".join(msgspec.json.encode(one) + b"\n" for one in found))
             done += found
-            tokens += sum(len(example.target) for example in scored)
+            tokens += sum(len(example.target) for example, _ in scored)
             if progress:
                 spent = (time.monotonic() - begin) / seconds if seconds else 0.0
                 progress(min(1.0, max(spent, len(done) / len(records))), f"{len(done)} records")
@@ -145,16 +146,41 @@ def examples_of(captured: Sequence[Captured]) -> list[Example]:
     return [Example(one.prompt, one.target) for one in captured if one.kind != "dropped"]
 
 
-def _answered(model: Gemma3ForCausalLM, tokenizer: Tokenizer, task: Task, records: Sequence[Record]) -> list[Captured]:
-    """Answer a batch greedily; what does not pass the gate gives way to the record's own target."""
+def _answered(
+    model: Gemma3ForCausalLM, tokenizer: Tokenizer, task: Task, records: Sequence[Record], header: CacheHeader
+) -> tuple[list[Captured], Scored]:
+    """Answer a batch greedily; what does not pass the gate gives way to the record's own target, without a view."""
     prompts = [tokenizer.encode(task.prompt(record), bos=True) for record in records]
-    answers = generate(model, prompts, max_new_tokens=task.max_new_tokens + 1, eos=tokenizer.eos)
-    return [
+    states: list[list[torch.Tensor]] = [[] for _ in records]  # of each answer, (hidden,) a token
+
+    def watch(rows: list[int], x: torch.Tensor, *_: torch.Tensor) -> None:
+        for row, state in zip(rows, x, strict=True):
+            states[row].append(state)
+
+    answers = generate(model, prompts, max_new_tokens=task.max_new_tokens + 1, eos=tokenizer.eos, watch=watch)
+    found = [
         Captured(record.id, prompt, answer, "teacher")
         if answer[-1] == tokenizer.eos and len(answer) > 1 and passes(task, record, tokenizer.decode(answer[:-1]))
         else _own(tokenizer, task, record)
         for record, prompt, answer in zip(records, prompts, answers, strict=True)
     ]
+    scored: Scored = []
+    stood = [place for place, one in enumerate(found) if one.kind == "teacher"]
+    for begin in range(0, len(stood), SCORED_TOGETHER):
+        places = stood[begin : begin + SCORED_TOGETHER]
+        examples = [Example(found[place].prompt, found[place].target) for place in places]
+        x = torch.stack([state for place in places for state in states[place]])
+        scored += zip(examples, views_of(model, x, examples, header), strict=True)
+    return found, scored
+
+
+def _given(
+    model: Gemma3ForCausalLM, tokenizer: Tokenizer, task: Task, records: Sequence[Record], header: CacheHeader
+) -> tuple[list[Captured], Scored]:
+    """The records' own targets and the teacher's view of them."""
+    found = [_own(tokenizer, task, record, kind="given") for record in records]
+    examples = [Example(one.prompt, one.target) for one in found if one.kind == "given"]
+    return found, list(zip(examples, views(model, examples, header), strict=True))
 
 
 def _own(tokenizer: Tokenizer, task: Task, record: Record, *, kind: str = "own") -> Captured:

@@ -57,11 +57,15 @@ def views(model: Gemma3ForCausalLM, examples: Sequence[Example], header: CacheHe
     """What a cache with that header keeps of each example, in their order; what is drawn depends on the example and on nothing else."""
     found: dict[int, Cached] = {}
     for index, x in outputs(model, examples, batch_tokens=batch_tokens):
-        kept = _kept(model, x, header, [examples[i] for i in index])
-        sizes = [len(examples[i].target) for i in index]
-        for place, arrays in zip(index, zip(*(part.split(sizes) for part in kept), strict=True), strict=True):
-            found[place] = KINDS[header.mode](*(array.numpy() for array in arrays))
+        found |= zip(index, views_of(model, x, [examples[i] for i in index], header), strict=True)
     return [found[place] for place in range(len(examples))]
+
+
+@torch.no_grad()
+def views_of(model: Gemma3ForCausalLM, x: torch.Tensor, examples: Sequence[Example], header: CacheHeader) -> list[Cached]:
+    """As `views`, from the last block's output (n, hidden) at all predicting positions of the examples, one after the other."""
+    kept, sizes = _kept(model, x, header, examples), [len(one.target) for one in examples]
+    return [KINDS[header.mode](*(array.numpy() for array in arrays)) for arrays in zip(*(part.split(sizes) for part in kept), strict=True)]
 
 
 def _kept(model: Gemma3ForCausalLM, x: torch.Tensor, header: CacheHeader, examples: Sequence[Example]) -> tuple[torch.Tensor, ...]:

@@ -141,7 +141,7 @@ class CheckpointTeacher(_TorchTeacher):
     ) -> tuple[list[list[int]], list[float]]:
         totals = torch.zeros(len(prompts) * n, dtype=torch.float64)
 
-        def watch(rows: list[int], logits: torch.Tensor, chosen: torch.Tensor) -> None:
+        def watch(rows: list[int], _: torch.Tensor, logits: torch.Tensor, chosen: torch.Tensor) -> None:
             totals[rows] += chosen_log_probs(logits, chosen).double()
 
         answers = generate(
