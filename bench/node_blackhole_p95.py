@@ -131,7 +131,7 @@ class Site:
             f'[node]\nname = "esteli"\nstate_dir = "{state}"\n[api]\nport = {self.port}\nqueue = {QUEUE_LIMIT}\n'
             f'[model]\npath = "{self.model}"\ntask = "{TRANSLATION.name}"\nthreads = {self.threads}\nbudget = 1.0\n'
             f'[broker]\nhost = "127.0.0.1"\nport = {self.broker.port}\npassword_file = "{self.folder / "password"}"\n'
-            '[peers]\nask = ["base"]\n'
+            '[peers]\nask = ["base"]\n[memory]\nuse = "off"\n'  # or what the peer said would answer the next record like it
         )
         return file
 

@@ -12,8 +12,8 @@ processor time of the thread, which a busy machine changes less.
 most of the reading where solved examples stand before it.
 
 For latency_ms_2 two real daemons run over real mosquitto (the shipped settings) beside a third that answers the questions with the uncut
-model. The records take turns at both, in changing order; before the next one the peer's answer has been applied, so that its computing
-burdens nobody's answer.
+model. Two records go to one, then the same two to the other: each follows as often on a question whose peer has just computed, which
+leaves cold caches, as on one without. Before the next one the peer's answer has been applied. Nobody remembers: `[memory] use = "off"`.
 """
 
 import random
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +138,12 @@ def _answers(engine: Engine, task: Task) -> Callable[[Record], tuple[float, floa
 def delay(settings: Settings, model: Path) -> dict[str, Any]:
     """How much later the node that asks answers."""
     records, tokens = ranch(settings, "dev", PAIRS)[: QUICK_PAIRS if settings.quick else PAIRS], 16
-    chance = random.Random(settings.seed)
     took: dict[str, list[float]] = {"alone": [], "asking": []}
     folder = settings.folder("latency_ms")
     with running(folder, model, folder / "trimmed.gguf") as nodes:
-        for number, record in enumerate([*records[:WARM_UP], *records]):
-            for name in chance.sample(sorted(nodes), 2):
+        numbered = list(enumerate([*records[:WARM_UP], *records]))
+        for begin in range(0, len(numbered), 2):
+            for name, (number, record) in product(("asking", "alone"), numbered[begin : begin + 2]):
                 body = {"prompt": f"{record.source} ({number})", "max_tokens": tokens}  # never the same twice: nothing is remembered
                 began = time.perf_counter()
                 answer = nodes[name].post("/v1/completions", json=body)
@@ -207,7 +208,7 @@ def configured(folder: Path, name: str, port: int, model: Path, *, user: str, br
     (folder / f"{user}.password").write_text(USERS[user])
     lines = [
         f'[node]\nname = "{user}"\nstate_dir = "{folder / f"{name}-{time.time_ns()}"}"\n[api]\nport = {port}',
-        f'[model]\npath = "{model}"\ntask = "ranch"\nthreads = 1\nbudget = 1.0',
+        f'[model]\npath = "{model}"\ntask = "ranch"\nthreads = 1\nbudget = 1.0\n[memory]\nuse = "off"',
     ]
     if broker:
         lines += [f'[broker]\nhost = "127.0.0.1"\nport = {broker}\npassword_file = "{folder / f"{user}.password"}"', f"[peers]\n{peers}"]
