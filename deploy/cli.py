@@ -204,6 +204,8 @@ def status(
 def secrets(
     inside: Path = typer.Option(None, help="Fill this folder's service folders instead (what the `init` service does, in its container)."),
     nodes: str = typer.Option("base-station,esteli,malacatoya", help="With --inside: node names, with commas."),
+    groups: str = typer.Option("", envvar="MILPA_GROUPS", help="With --inside: base stations that share questions, hills=NODE+NODE,..."),
+    gateways: str = typer.Option("", envvar="MILPA_GATEWAYS", help="With --inside: radio gateways, each with whom it speaks for"),
 ) -> None:
     """Make the secrets of a fleet in containers: once, on this machine, never in git. What exists stays.
 
@@ -211,10 +213,14 @@ def secrets(
 
         milpa-fleet secrets && docker compose up -d
     """
-    from deploy.secrets import fill, write_env
+    from deploy.secrets import fill, named, write_env
 
     if inside is not None:
-        fill(inside, [name.strip() for name in nodes.split(",")], database_password=os.environ.get("POSTGRES_PASSWORD", ""))
+        names = [name.strip() for name in nodes.split(",")]
+        fill(
+            inside, names, database_password=os.environ.get("POSTGRES_PASSWORD", ""),
+            groups=named(groups, names, what="group"), gateways=named(gateways, names, what="gateway"),
+        )  # fmt: skip
         return
     if not Path("docker-compose.yml").exists():
         raise BadInput("there is no docker-compose.yml here; run this in the folder that has it")

@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 
 from coordinator.federation.superlink import keys
 from coordinator.fleet.publishing import Publisher
-from deploy.broker import COORDINATOR, mosquitto_access, mosquitto_conf, password_line
+from deploy.broker import COORDINATOR, Named, mosquitto_access, mosquitto_conf, password_line
 from protocol.blobs import write_atomically
 from protocol.errors import BadInput
 from protocol.names import checked_name
@@ -36,8 +36,11 @@ def write_env(folder: Path) -> bool:
     return True
 
 
-def fill(root: Path, nodes: Sequence[str], *, database_password: str) -> None:
-    """Fill the folders under `root`; what is there already stays, so that a restart changes nothing.
+def fill(root: Path, nodes: Sequence[str], *, database_password: str, groups: Named | None = None, gateways: Named | None = None) -> None:
+    """Fill the folders under `root`; what is there already stays, so that a restart changes nothing but the broker's access list.
+
+    Args:
+        groups, gateways: see `mosquitto_access`.
 
     Raises:
         BadInput: no database password, or an unusable node name.
@@ -61,10 +64,28 @@ def fill(root: Path, nodes: Sequence[str], *, database_password: str) -> None:
     )  # fmt: skip
     if not (broker / "passwords").exists():
         write_atomically(broker / "passwords", "".join(password_line(*pair) + "\n" for pair in sorted(users.items())).encode())
-    write_atomically(broker / "access", mosquitto_access().encode())
+    write_atomically(broker / "access", mosquitto_access(groups, gateways).encode())
     write_atomically(broker / "mosquitto.conf", conf.encode())
     for file in broker.iterdir():
         file.chmod(0o644)  # hashes and rules only; the broker runs as another user
+
+
+def named(text: str, nodes: Sequence[str], *, what: str) -> dict[str, list[str]]:
+    """ "hills=base-1+base-2,coast=base-3" as names that belong to a name; "" is none.
+
+    Raises:
+        BadInput: not of that form, or with a node that is not one of `nodes`.
+    """
+    found: dict[str, list[str]] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, members = part.partition("=")
+        names = [checked_name(one.strip(), what="node") for one in members.split("+")] if members.strip() else []
+        if not names:
+            raise BadInput(f"{what} {part!r} is not of the form NAME=NODE+NODE")
+        if strange := [one for one in names if one not in nodes]:
+            raise BadInput(f"{what} {name!r} names {', '.join(strange)}; the nodes are {', '.join(nodes)}")
+        found[checked_name(name.strip(), what=what)] = names
+    return found
 
 
 def write_secret(path: Path, value: str) -> None:

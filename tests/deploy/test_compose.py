@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from deploy.broker import password_line
-from deploy.secrets import fill, write_env
+from deploy.secrets import fill, named, write_env
 from protocol import codec
 from protocol.errors import BadInput
 
@@ -95,6 +95,24 @@ def test_secrets_are_made_once_and_each_is_its_owners_alone(tmp_path: Path) -> N
         plain = (tmp_path / name / "broker.password").read_text().strip()
         assert plain not in hashes
         assert password_line(name, plain).split("$")[0] in hashes
+
+
+def test_groups_and_gateways_reach_the_brokers_access_list_and_a_second_start_keeps_them(tmp_path: Path) -> None:
+    groups = named("hills=base-station + esteli, ", NODES, what="group")
+    gateways = named("esteli=malacatoya", NODES, what="gateway")
+    for _ in range(2):
+        fill(tmp_path, NODES, database_password="of-the-database", groups=groups, gateways=gateways)
+
+    access = (tmp_path / "broker" / "access").read_text()
+    assert groups == {"hills": ["base-station", "esteli"]}
+    assert access.count("topic read milpa/v1/group/hills/question/+") == 2
+    assert "user esteli\ntopic read milpa/v1/radio/malacatoya/up" in access
+
+
+@pytest.mark.parametrize("text", ["hills", "hills=", "hills=base-station+nobody", "a b=esteli"])
+def test_a_group_that_is_none_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(BadInput, match="group"):
+        named(text, NODES, what="group")
 
 
 def test_without_a_database_password_one_is_told_what_to_run(tmp_path: Path) -> None:
