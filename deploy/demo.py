@@ -48,7 +48,7 @@ class Size(msgspec.Struct, frozen=True):
     general_scale: int = 75  # of dev, to choose the merge's scale
     season: int = 200  # records a site, in each season
     scale: int = 48  # a site, to choose the merge's scale
-    gate: int = 140  # a site, to judge the merge
+    gate: int = 120  # a site, to judge the merge
     corrected: float = 0.5  # share of season 1 that an operator looks at
     budget: str = "demo"  # of the distillation
 

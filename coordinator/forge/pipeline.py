@@ -81,7 +81,7 @@ class Budget:
         return Budget(self.name, self.correct_s / cores, self.capture_s / cores, self.student_s / cores)
 
 
-PRESETS = {"demo": Budget("demo", 180.0, 30.0, 135.0), "hour": Budget("hour", 1800.0, 500.0, 1100.0)}
+PRESETS = {"demo": Budget("demo", 165.0, 20.0, 130.0), "hour": Budget("hour", 1800.0, 500.0, 1100.0)}
 
 
 @dataclass(frozen=True)
