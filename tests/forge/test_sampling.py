@@ -55,11 +55,12 @@ def test_tokens_are_drawn_as_often_as_the_model_says(model: Gemma3ForCausalLM) -
     assert float((share - expected).abs().max()) < 4 * 0.5 / count**0.5  # four standard errors
 
 
-def test_whoever_watches_is_told_the_logits_and_what_was_chosen_from_them(model: Gemma3ForCausalLM) -> None:
+def test_whoever_watches_is_told_the_states_their_logits_and_what_was_chosen_from_them(model: Gemma3ForCausalLM) -> None:
     seen: list[list[int]] = [[] for _ in range(2 * len(PROMPTS))]
 
-    def watch(rows: list[int], logits: torch.Tensor, chosen: torch.Tensor) -> None:
+    def watch(rows: list[int], x: torch.Tensor, logits: torch.Tensor, chosen: torch.Tensor) -> None:
         assert logits.shape[0] == len(rows)
+        torch.testing.assert_close(logits_of(model, x), logits)
         for row, token in zip(rows, chosen.tolist(), strict=True):
             seen[row].append(token)
 
