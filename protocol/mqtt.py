@@ -165,6 +165,7 @@ class Session:
         self._network: threading.Thread | None = None
         self._dispatcher: threading.Thread | None = None
         self._end = ""  # why the current connection ended, in the broker's words
+        self._missed = False  # a delivery of this connection found no room
         self._ended_here = False  # by us, not by the broker
         self.problem = "not started"  # for the operator; empty while connected
         self.maximum_packet = PACKET_LIMIT  # bytes; smaller when the last CONNACK said so
@@ -348,7 +349,7 @@ class Session:
             if self.connects == connects:
                 failed += 1
             else:  # however long it was away, the broker is back: what ends this connection at once is not its absence
-                failed, short = 0, 0 if time.monotonic() - began > STEADY_S else short + 1
+                failed, short = 0, 0 if self._missed or time.monotonic() - began > STEADY_S else short + 1
             wait = self._rng.uniform(0.0, min(self._backoff_cap, self._backoff_base * 2.0 ** min(failed or short, 30)))
             if not self._stopping.is_set():
                 log.info("%s: %s; next attempt in %.1f s", self.client_id, self.problem, wait)
@@ -368,7 +369,7 @@ class Session:
         with self._lock:
             self._connection += 1
             self._client = client
-            self._end, self._ended_here = "", False
+            self._end, self._ended_here, self._missed = "", False, False
         self._moved, self._heard = _Moved(), time.monotonic()
         try:
             client.connect(self.host, self.port, keepalive=self._keepalive, clean_start=False, properties=properties)
@@ -384,6 +385,9 @@ class Session:
                     deadline = min(deadline, time.monotonic() + 1.0)  # for the DISCONNECT to leave
                 elif self._end:  # we want out: the queue of deliveries is full
                     self.problem, self._ended_here = self._end, True
+                    return
+                elif self._missed and self._inbox.empty():  # not sooner: what is handled must be acknowledged on this connection
+                    self.problem, self._ended_here = "the broker sent more than fits; connecting again for the rest", True
                     return
                 elif not self._up.is_set() and time.monotonic() > deadline:
                     self.problem = f"{self.host}:{self.port} took the connection but sent no CONNACK within {CONNACK_DEADLINE_S:g} s"
@@ -516,8 +520,8 @@ class Session:
         )
         try:
             self._inbox.put_nowait(_Delivery(incoming, self._connection, message.mid, message.qos))
-        except queue.Full:  # never acknowledged, so the broker repeats it after the reconnect
-            self._end = "the handlers do not keep up"
+        except queue.Full:  # a broker that was killed sends more than RECEIVE_LIMIT; never acknowledged, it comes again when we ask anew
+            self._missed = True
 
     def _ask_for(self, topic_filter: str) -> None:
         client = self._client

@@ -1,5 +1,6 @@
 """protocol/mqtt.py against a real mosquitto."""
 
+import queue
 import socket
 import threading
 import time
@@ -59,6 +60,26 @@ def test_what_arrives_while_a_session_sleeps_is_delivered_in_order_when_its_proc
 
     eventually(lambda: len(got) >= 30, lambda: got)
     assert got == [b"%d" % number for number in range(30)]
+
+
+def test_a_broker_that_sends_more_than_fits_is_heard_to_the_end(join, eventually):
+    first = join("coordinator", start=False)
+    first.subscribe(topics.ALL_EVENTS, lambda message: None)
+    first.start()
+    eventually(lambda: topics.ALL_EVENTS in first._subscribed)
+    first.stop()
+    esteli = join("esteli")
+    for number in range(30):
+        esteli.publish(EVENT, b"%d" % number)
+
+    got = set()
+    second = join("coordinator", start=False)
+    second._inbox = queue.Queue(maxsize=4)  # as a broker does after a kill: ten times what was agreed
+    second.subscribe(topics.ALL_EVENTS, lambda message: (time.sleep(0.02), got.add(message.payload)))
+    second.start()
+
+    eventually(lambda: len(got) == 30, lambda: got)
+    assert second.connects > 1
 
 
 def test_a_message_past_its_expiry_is_not_delivered(join, eventually):
