@@ -79,13 +79,8 @@ class Bench:
         given, made = self.settings.work / "teacher.gguf", self.folder / "teacher.gguf"
         if given.is_file() and not self.settings.quick:
             return Checkpoint.read(given)
-        if not made.is_file():
-            base = Checkpoint.read(self.settings.trimmed())
-            steps = 3 if self.settings.quick else CORRECTED_STEPS
-            recipe = Recipe(mode="full", learning_rate=3e-4, first_block=base.blocks // 2, steps=steps)
-            examples = self._examples(Path(str(base.path)), self.records("train", 3 * PAIRS, skip=PAIRS))
-            trained(base, examples, recipe, seed=self.settings.seed)[0].write(made)
-        return Checkpoint.read(made)
+        steps = 3 if self.settings.quick else CORRECTED_STEPS
+        return self.settings.corrected(made, self.records("train", 3 * PAIRS, skip=PAIRS), steps=steps)
 
     @cached_property
     def examples(self) -> list[Example]:

@@ -26,7 +26,7 @@ from coordinator.forge.students.trim import trim
 from coordinator.forge.targets.cache import TargetCache
 from coordinator.forge.targets.capture import capture, examples_of, header_of
 from coordinator.forge.training.objective import distillation_loss
-from coordinator.forge.training.recipe import Recipe, trained
+from coordinator.forge.training.recipe import trained, upper_half
 from coordinator.ranch import generate as ranch_records
 from coordinator.ranch import site_named
 from protocol.models.checkpoint import Checkpoint
@@ -127,8 +127,7 @@ class Lesson:
         with Tokenizer(trimmed) as tokenizer:
             examples = [make_example(tokenizer, self.task, record) for record in self.train]
         checkpoint = Checkpoint.read(trimmed)
-        limit = {"steps": 3} if self.settings.quick else {"seconds": TEACHER_S}
-        recipe = Recipe(mode="full", learning_rate=3e-4, first_block=checkpoint.blocks // 2, **limit)
+        recipe = upper_half(checkpoint.blocks, steps=3) if self.settings.quick else upper_half(checkpoint.blocks, seconds=TEACHER_S)
         return trained(checkpoint, examples, recipe, seed=self.settings.seed, state=self.folder / "teacher.state")[0]
 
     def cut(self) -> Checkpoint:

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from bench.forge_step import BATCH_TOKENS, cpu_seconds
-from bench.naive import Naive, lesson
+from bench.naive import Naive
 from bench.settings import TRANSLATION, Settings
+from bench.student import small
 from coordinator.forge.targets.cache import TargetCache
 from coordinator.forge.targets.capture import capture, examples_of, header_of, read_log
 from coordinator.forge.training.objective import distillation_loss
-from coordinator.forge.training.recipe import Recipe, trained
 from protocol.models.checkpoint import Checkpoint
 from protocol.models.feed import Epochs
-from protocol.models.tokenizer import Tokenizer, make_example
+from protocol.models.tokenizer import Tokenizer
 from protocol.models.torch_model import best_dtype, body, to_torch
 from protocol.models.training import train
 
@@ -30,8 +30,11 @@ CORRECTION = 80  # steps
 
 def measure(settings: Settings) -> dict[str, Any]:
     count = 16 if settings.quick else RECORDS
-    _, student, _, eos = lesson(settings, count)
-    teacher, records = corrected(settings, count), settings.pairs("train", count)
+    student, records = Checkpoint.read(small(settings)), settings.pairs("train", count)
+    outside, steps = settings.pairs("train", 6 * count)[count:], 2 if settings.quick else CORRECTION
+    teacher = settings.corrected(settings.folder("with_capture") / "teacher.gguf", outside, steps=steps)
+    with Tokenizer(settings.trimmed()) as tokenizer:
+        eos = tokenizer.eos
     folder = settings.folder("with_capture") / "cache"
 
     def captured() -> dict[str, Any]:
@@ -72,16 +75,3 @@ def measure(settings: Settings) -> dict[str, Any]:
         "ours": {"capture, CPU-s": capture_s, "training, CPU-s": training_s, "answers": dict(kinds)},
         "n": len(examples), "epochs": EPOCHS, "steps_an_epoch": len(batches),
     }  # fmt: skip
-
-
-def corrected(settings: Settings, skip: int) -> Checkpoint:
-    """The trimmed teacher after some steps on sentences behind the first `skip`, made once."""
-    path = settings.folder("with_capture") / "teacher.gguf"
-    if not path.is_file():
-        teacher = Checkpoint.read(settings.trimmed())
-        with Tokenizer(settings.trimmed()) as tokenizer:
-            examples = [make_example(tokenizer, TRANSLATION, record) for record in settings.pairs("train", 6 * skip)[skip:]]
-        steps = 2 if settings.quick else CORRECTION
-        recipe = Recipe(mode="full", learning_rate=3e-4, first_block=teacher.blocks // 2, steps=steps)
-        trained(teacher, examples, recipe, seed=settings.seed)[0].write(path)
-    return Checkpoint.read(path)

@@ -8,9 +8,9 @@ Rules:
  * Shares are numbers in [0, 1]; times are seconds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -19,6 +19,9 @@ from coordinator.forge.students.trim import trim
 from coordinator.forge.teachers.packaged import packaged_teacher
 from protocol.blobs import write_atomically
 from protocol.tasks import Record, translation
+
+if TYPE_CHECKING:
+    from protocol.models.checkpoint import Checkpoint
 
 TRANSLATION = translation("English", "Spanish")
 COUNTED = 40_000  # pairs whose pieces are counted for the shared trimmed vocabulary
@@ -74,6 +77,19 @@ class Settings(msgspec.Struct, frozen=True):
             texts = [text for one in records for text in (TRANSLATION.prompt(one), TRANSLATION.target(one))]
             trim(self.base(), [*texts, TRANSLATION.template], path)
         return path
+
+    def corrected(self, path: Path, records: Sequence[Record], *, steps: int) -> "Checkpoint":
+        """The trimmed model after some steps on these records, made once, at `path`."""
+        from coordinator.forge.training.recipe import trained, upper_half  # torch; the node's measures do without
+        from protocol.models.checkpoint import Checkpoint
+        from protocol.models.tokenizer import Tokenizer, make_example
+
+        if not path.is_file():
+            teacher = Checkpoint.read(self.trimmed())
+            with Tokenizer(self.trimmed()) as tokenizer:
+                examples = [make_example(tokenizer, TRANSLATION, record) for record in records]
+            trained(teacher, examples, upper_half(teacher.blocks, steps=steps), seed=self.seed)[0].write(path)
+        return Checkpoint.read(path)
 
 
 def _tiny(path: Path) -> Path:

@@ -44,6 +44,10 @@ class Words(msgspec.Struct, frozen=True):
         one, _, many = self.texts[key][LANGUAGES.index(self.lang)].partition("|")
         return many if many and values.get("n") != 1 else one
 
+    def word(self, key: str, otherwise: str) -> str:
+        """The catalogue's text for `key`, or `otherwise` where it has none."""
+        return self.text(key) if self.known(key) else otherwise
+
     def known(self, key: str) -> bool:
         """Whether the catalogue has `key`: kinds that nodes send may be newer than we are."""
         return key in self.texts

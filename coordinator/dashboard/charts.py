@@ -156,6 +156,11 @@ def bar(value: float, low: float | None, high: float | None, *, top: float) -> B
     return Bar(at(value), at(low) if low is not None else None, at(high) if high is not None else None)
 
 
+def listed(value: Any) -> Sequence[Any]:
+    """A list from a document, or an empty one."""
+    return value if isinstance(value, list) else ()
+
+
 def finite(value: Any) -> float | None:
     """A number from a document, or None."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from coordinator.dashboard.charts import Bar, bar, finite
+from coordinator.dashboard.charts import Bar, bar, finite, listed
 from coordinator.dashboard.views import wilson
 from coordinator.dashboard.words import NO_VALUE, Words
 
@@ -49,8 +49,7 @@ def tables(name: str, found: Mapping[str, Any], earlier: Mapping[str, Any], evid
 
 def told(evidence: Mapping[str, Any]) -> tuple[str, ...]:
     """What the evidence says of losses by kind of record."""
-    named = evidence.get("regressions")
-    return tuple(str(line) for line in _list(named.get("statements"))) if isinstance(named, Mapping) else ()
+    return tuple(str(line) for line in listed(_regressions(evidence).get("statements")))
 
 
 def _verdicts(found: Mapping[str, Any], earlier: Mapping[str, Any], words: Words) -> Table:
@@ -75,13 +74,13 @@ def _verdicts(found: Mapping[str, Any], earlier: Mapping[str, Any], words: Words
 
 def _kinds(name: str, found: Mapping[str, Any], evidence: Mapping[str, Any], words: Words) -> Table:
     """Against the release before where it answered the same records, else against the teacher."""
-    known = [row for row in _list(found.get("categories")) if isinstance(row, Mapping) and isinstance(row.get("models"), Mapping)]
+    known = [row for row in listed(found.get("categories")) if isinstance(row, Mapping) and isinstance(row.get("models"), Mapping)]
     models = dict.fromkeys(str(model) for row in known for model in row["models"])
     before = next((model for model in models if model == "previous" or model.startswith("release-")), "")
     other = before or (TEACHER if TEACHER in models else "")
     lost = {
         (row.get("category"), row.get("measure"))
-        for row in _list((evidence.get("regressions") or {}).get("rows") if isinstance(evidence.get("regressions"), Mapping) else None)
+        for row in listed(_regressions(evidence).get("rows"))
         if isinstance(row, Mapping) and row.get("loss") is True and (row.get("set"), row.get("against")) == (name, other)
     }
     rows = []
@@ -89,7 +88,7 @@ def _kinds(name: str, found: Mapping[str, Any], evidence: Mapping[str, Any], wor
         category, measure, n = str(row.get("category")), str(row.get("measure")), finite(row.get("n"))
         mine, theirs = _shares(row["models"].get(STUDENT), measure), _shares(row["models"].get(other), measure)
         if mine is not None and n:
-            title = f"{_called(category, words)}, {_called_measure(measure, words)}"
+            title = f"{_called(category, words)}, {words.word('measure.' + measure.replace(' ', '-'), measure)}"
             rows.append(_row(title, mine, theirs[0] if theirs else None, (category, measure) in lost, int(n), words))
     return Table("kinds", "before" if before else other, _worst_first(rows))
 
@@ -124,22 +123,15 @@ def _shares(figures: Any, measure: str) -> tuple[float, float | None, float | No
 
 
 def _called(category: str, words: Words) -> str:
-    """A category in the reader's words: "length: short" is "length: short" or "largo: corto"; what is new here stays as it is."""
-    kind, _, which = category.partition(": ")
-    shown = words.text(f"category.{kind}") if words.known(f"category.{kind}") else kind
-    if not which:
-        return shown
-    return f"{shown}: {words.text(f'category.{kind}.{which}') if words.known(f'category.{kind}.{which}') else which}"
+    """A category in the reader's words: "length: short" is "longitud: corta"; what is new here stays as it is."""
+    kind, mark, which = category.partition(": ")
+    return words.word(f"category.{kind}", kind) + mark + words.word(f"category.{kind}.{which}", which)
 
 
-def _called_measure(measure: str, words: Words) -> str:
-    key = f"measure.{measure.replace(' ', '-')}"
-    return words.text(key) if words.known(key) else measure
+def _regressions(evidence: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = evidence.get("regressions")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _counted(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [row for row in _list(found.get("codes")) if isinstance(row, Mapping) and (finite(row.get("n")) or 0) > 0]
-
-
-def _list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else ()
+    return [row for row in listed(found.get("codes")) if isinstance(row, Mapping) and (finite(row.get("n")) or 0) > 0]

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from coordinator.dashboard import losses
-from coordinator.dashboard.charts import Bar, Plot, bar, finite, plot
+from coordinator.dashboard.charts import Bar, Plot, bar, finite, listed, plot
 from coordinator.dashboard.views import wilson
 from coordinator.dashboard.words import NO_VALUE, THIN, Words
 from coordinator.fleet.ledger import PublishedRelease
@@ -299,10 +299,9 @@ def _row(
         known = finite(figures.get(key))
         return words.number(known, digits) + THIN + unit if known is not None else NO_VALUE
 
-    key = f"model.{name}"
     return [
         Row(
-            name=words.text(key) if words.known(key) else name, where=where, before=before, bar=bar(value, low, high, top=1.0),
+            name=words.word(f"model.{name}", name), where=where, before=before, bar=bar(value, low, high, top=1.0),
             told=_told(words, metric, value), interval=interval, n=int(count) if count is not None else None,
             gap=words.signed(100 * (value - teacher[1])) if teacher and teacher[0] == metric else "",
             size=measure("file_mb", "MiB", 1), memory=measure("peak_rss_mb", "MiB", 0),
@@ -326,12 +325,8 @@ def _told(words: Words, metric: str, value: float) -> str:
     return words.percent(value) if metric == "accuracy" else words.number(100 * value, 1)
 
 
-def _list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else ()
-
-
 def _lines(value: Any) -> tuple[str, ...]:
-    return tuple(str(line) for line in _list(value))
+    return tuple(str(line) for line in listed(value))
 
 
 def _text(value: Any) -> str:

@@ -472,7 +472,7 @@ def _matches(node: views.Node, query: str, words: Words) -> bool:
         (
             node.name,
             words.text(f"state.{node.shown}"),
-            words.text(role) if words.known(role) else node.role,
+            words.word(role, node.role),
             str(node.release),
             node.refusal,
         )
@@ -506,7 +506,7 @@ def _happened(words: Words, line: views.Happened) -> str:
 
     return words.text(
         key, release=values.get("release", ""), number=figure("number"), reason=values.get("reason", ""), round=values.get("round", ""),
-        peer=values.get("peer") or words.text("happened.some-peer"), outcome=words.text(state) if words.known(state) else "",
+        peer=values.get("peer") or words.text("happened.some-peer"), outcome=words.word(state, ""),
         answered=figure("answered"), since=words.clock(int(values.get("since") or 0)), upgraded=figure("upgraded"),
         confirmed=figure("confirmed"), count=figure("count"), escalated=figure("escalated"), examples=figure("examples"),
         before=figure("loss_before", 2), after=figure("loss_after", 2), when=values.get("when", ""), means=values.get("means", ""),

@@ -28,7 +28,7 @@ from coordinator.forge.teachers.packaged import packaged_licence, packaged_teach
 from coordinator.forge.training.objective import distillation_loss, token_weights
 from coordinator.forge.training.on_policy import OnPolicyPlan, alone, taught_on_policy
 from coordinator.forge.training.polish import PolishPlan, naturalness, polished
-from coordinator.forge.training.recipe import Recipe, trained
+from coordinator.forge.training.recipe import Recipe, trained, upper_half
 from coordinator.forge.training.rewards import ensemble
 from coordinator.forge.training.scale import OneProcess, Together, first
 from protocol.blobs import write_atomically
@@ -225,8 +225,7 @@ def _correct(
     task: Task, records: Sequence[Record], *, work: Path, trimmed: Path, plan: Plan, told: Progress, world: Together
 ) -> tuple[Path, dict[str, Any]]:
     checkpoint = Checkpoint.read(trimmed)
-    upper_half = Recipe(mode="full", learning_rate=3e-4, first_block=checkpoint.blocks // 2)
-    recipe = _within(plan.correct or upper_half, plan.budget.correct_s, plan.accumulate)
+    recipe = _within(plan.correct or upper_half(checkpoint.blocks), plan.budget.correct_s, plan.accumulate)
     stage = Stage(work, "correct", [checkpoint.digest, task, digest_value(records), recipe, plan.verdict, plan.seed])
     path = stage.folder / "corrected-f16.gguf"
     if stage.report is None:

@@ -42,13 +42,18 @@ def test_a_question_carries_its_response_topic_correlation_and_remaining_life(jo
     assert got[0].content_type == "application/json"
 
 
+def asleep(join, eventually):
+    """The broker keeps events for the coordinator, which is away."""
+    session = join("coordinator", start=False)
+    session.subscribe(topics.ALL_EVENTS, lambda message: None)
+    session.start()
+    assert session.wait_connected(10)
+    eventually(lambda: topics.ALL_EVENTS in session._subscribed)
+    session.stop()
+
+
 def test_what_arrives_while_a_session_sleeps_is_delivered_in_order_when_its_process_comes_back(join, eventually):
-    first = join("coordinator", start=False)
-    first.subscribe(topics.ALL_EVENTS, lambda message: None)
-    first.start()
-    assert first.wait_connected(10)
-    eventually(lambda: topics.ALL_EVENTS in first._subscribed)
-    first.stop()
+    asleep(join, eventually)
     esteli = join("esteli")
     for number in range(30):
         esteli.publish(EVENT, b"%d" % number)
@@ -63,11 +68,7 @@ def test_what_arrives_while_a_session_sleeps_is_delivered_in_order_when_its_proc
 
 
 def test_a_broker_that_sends_more_than_fits_is_heard_to_the_end(join, eventually):
-    first = join("coordinator", start=False)
-    first.subscribe(topics.ALL_EVENTS, lambda message: None)
-    first.start()
-    eventually(lambda: topics.ALL_EVENTS in first._subscribed)
-    first.stop()
+    asleep(join, eventually)
     esteli = join("esteli")
     for number in range(30):
         esteli.publish(EVENT, b"%d" % number)
@@ -83,11 +84,7 @@ def test_a_broker_that_sends_more_than_fits_is_heard_to_the_end(join, eventually
 
 
 def test_a_message_past_its_expiry_is_not_delivered(join, eventually):
-    first = join("coordinator", start=False)
-    first.subscribe(topics.ALL_EVENTS, lambda message: None)
-    first.start()
-    eventually(lambda: topics.ALL_EVENTS in first._subscribed)
-    first.stop()
+    asleep(join, eventually)
     esteli = join("esteli")
     esteli.publish(EVENT, b"short", expiry=1)
     esteli.publish(EVENT, b"long", expiry=100)
@@ -103,11 +100,7 @@ def test_a_message_past_its_expiry_is_not_delivered(join, eventually):
 
 
 def test_after_a_kill_of_the_broker_the_session_comes_back_with_everything_that_was_saved(broker, join, eventually):
-    sleeper = join("coordinator", start=False)
-    sleeper.subscribe(topics.ALL_EVENTS, lambda message: None)
-    sleeper.start()
-    eventually(lambda: topics.ALL_EVENTS in sleeper._subscribed)
-    sleeper.stop()
+    asleep(join, eventually)
     esteli = join("esteli")
     for number in range(50):
         esteli.publish(EVENT, b"event-%02d" % number)
