@@ -18,7 +18,10 @@ def distill(
     teacher: Path | None = typer.Option(None, help="A Gemma 3 GGUF to start from; by default the packaged 270M model."),
     work: Path | None = typer.Option(None, help="Where stages are kept, found again and resumed; by default OUT/work."),
     budget: str = typer.Option("demo", help="'demo' (8 minutes), 'hour', or seconds of training in all."),
-    student: str | None = typer.Option(None, help="'small', 'tiny' or 'nano': cut in depth and width; by default --blocks at full width."),
+    student: str | None = typer.Option(
+        None,
+        help="'small', 'tiny', 'nano', or a shape: 12x512x1024x2 is blocks, width, feed-forward, heads. By default --blocks at full width.",
+    ),
     blocks: int = typer.Option(8, min=1, help="Transformer blocks the student keeps, without --student."),
     ternary: bool = typer.Option(False, "--ternary", help="Train weights of three values; needs --student. The file is TQ2_0."),
     kind: str | None = typer.Option(None, help="Type of the student's file; by default Q8_0, Q4_K_M with --student, TQ2_0 with --ternary."),

@@ -4,18 +4,16 @@
 
 Rules:
  * What arrived is a file and a ledger row before anything is computed from it. A round that dies is taken up where it was: the folder
-   `rounds/<n>` holds the replies, `rounds/open.json` says that it is open, evaluations are kept by digest of model, adapter and records.
- * The result, release manifest included, is written before it is published, so that a round that dies in between ends the same way.
+   `rounds/<n>` holds the replies, evaluations are kept by digest of model, adapter and records; how it opens and ends is in `rounds.py`.
  * A site that did not answer counts with its last accepted adapter of the same base and start, its weight halved a release.
  * eta and the calibration are chosen on dev sets, the gate judges on held-out sets. Give disjoint files.
  * An adapter-only release: model and initial adapter stay as they are, so nodes download some MB and swap.
-One round at a time in a store (a lock file). Nothing here knows Flower: that is `collect`.
+Nothing here knows Flower: that is `collect`.
 """
 
 import contextlib
-import fcntl
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +21,17 @@ import msgspec
 
 from coordinator.federation import admission, gate, merge
 from coordinator.federation.collect import Reply, collect, load, read_adapter
+from coordinator.federation.rounds import Opened, Result, decide, finish_what_was_decided, locked, open_round, told
 from coordinator.federation.superlink import Keys
 from coordinator.fleet.ledger import Ledger
 from coordinator.fleet.publishing import Publisher
 from coordinator.forge.judging import calibrate, evidence
 from coordinator.forge.judging.evaluation import Evaluation, evaluate, paired_bootstrap
-from protocol import codec
 from protocol.adapters import AdapterHeader, AdapterQuestion, Flat
 from protocol.blobs import write_atomically
 from protocol.confidence import FEATURES, Calibration
 from protocol.digests import digest_file, digest_value
-from protocol.errors import BadInput, MalformedMessage, NotEnough, Unavailable
-from protocol.names import checked_name
+from protocol.errors import BadInput, NotEnough, Unavailable
 from protocol.releases import KnownAnswer, Release, ReleaseFile, Role
 from protocol.tasks import Record, Task, task_named
 
@@ -62,14 +59,6 @@ class Options(msgspec.Struct, frozen=True):
     seed: int = 12345
 
 
-class _Open(msgspec.Struct, frozen=True):
-    """`rounds/open.json`: the round that has not been closed."""
-
-    number: int  # in the ledger
-    release: int
-    opened: int
-
-
 class _Adapter(msgspec.Struct, frozen=True):
     """An adapter that may be merged, and the round whose folder holds it."""
 
@@ -77,27 +66,6 @@ class _Adapter(msgspec.Struct, frozen=True):
     flat: Flat
     digest: str
     round: int
-
-
-class Result(msgspec.Struct, frozen=True):
-    """How a round ended. `release` and `manifest` are of the new release, or 0 and None."""
-
-    round: int
-    base_release: int
-    decision: str  # "released", "would release", "not better", "no adapters"
-    reasons: tuple[str, ...]
-    release: int = 0
-    accepted: tuple[dict[str, Any], ...] = ()  # site, examples, norm, from_round
-    refused: tuple[dict[str, Any], ...] = ()  # site, reason, detail
-    eta: float = 0.0
-    etas: dict[str, float] = {}  # eta -> mean quality on the dev sets
-    rank: int = 0
-    relative_error: float = 0.0  # of the truncation
-    sets: dict[str, dict[str, Any]] = {}  # name, n, before, after, low, high, p: verdict accuracy or sentence chrF, in [0, 1]
-    figures: dict[str, dict[str, Any]] = {}  # set -> before and after in full
-    seconds: float = 0.0
-    manifest: Release | None = None
-    evidence: dict[str, Any] | None = None
 
 
 def run_round(
@@ -137,11 +105,13 @@ def run_round(
     publisher = Publisher(store / "repository")
     rounds = store / "rounds"
     rounds.mkdir(parents=True, exist_ok=True)
-    with _locked(rounds / "lock"):
-        if (decided := _finish_what_was_decided(store, publisher, ledger)) is not None:
+    with locked(rounds / "lock"):
+        if (decided := finish_what_was_decided(store, publisher, ledger)) is not None:
             return told(decided)
         base = _Base.of(publisher)
-        opened = _open(rounds, ledger, base.release, options, clock)
+        opened = open_round(
+            rounds, ledger, base.release, expected=options.expected, deadline_s=options.deadline_s, now=int(clock())
+        )  # fmt: skip
         work = _Round(store, publisher, ledger, base, opened, options, progress, clock)
         adapters, accepted, refused = work.collect(superlink, keys)
         if not adapters:
@@ -151,16 +121,8 @@ def run_round(
             result = work.judge(adapters, heldout, dev or {})
             result = msgspec.structs.replace(result, accepted=accepted, refused=refused)
         result = msgspec.structs.replace(result, seconds=round(time.monotonic() - began, 3))
-        write_atomically(rounds / str(opened.number) / "result.json", msgspec.json.encode(result))
-        _finish(store, publisher, ledger, result)
+        decide(store, publisher, ledger, result)
     return told(result)
-
-
-def told(result: Result) -> dict[str, Any]:
-    """A result as plain values for programs."""
-    plain: dict[str, Any] = msgspec.to_builtins(result)
-    del plain["manifest"], plain["evidence"]
-    return plain | {"release": result.release or None}
 
 
 class _Base(msgspec.Struct, frozen=True):
@@ -219,7 +181,7 @@ class _Round:
         publisher: Publisher,
         ledger: Ledger,
         base: _Base,
-        opened: _Open,
+        opened: Opened,
         options: Options,
         progress: Progress,
         clock: Callable[[], float],
@@ -496,71 +458,3 @@ def _adapters_in(folder: Path, number: int) -> list[_Adapter]:
         if flat is not None and reply.header is not None
     }
     return list(found.values())
-
-
-# ----------------------------------------------------------------------------------------------------- opening, ending, resuming
-
-
-def _open(rounds: Path, ledger: Ledger, base: Release, options: Options, clock: Callable[[], float]) -> _Open:
-    """The open round for this release, or a new one. One that was left open for another release is closed."""
-    path = rounds / "open.json"
-    if path.is_file():
-        try:
-            left: _Open = codec.decode_as(path.read_bytes(), _Open, what=str(path))
-        except MalformedMessage:
-            path.unlink()  # written whole, so only a failing disk does this; the replies are still in their folder
-        else:
-            if left.release == base.number:
-                return left
-            _close(ledger, Result(left.number, left.release, "superseded", (f"release {base.number} came meanwhile",)))
-            path.unlink()
-    now = int(clock())
-    names = [checked_name(name, what="site") for name in options.expected]
-    number = ledger.open_round(base.number, names, now + int(options.deadline_s), opened=now)
-    opened = _Open(number, base.number, now)
-    (rounds / str(number)).mkdir(exist_ok=True)
-    write_atomically(path, msgspec.json.encode(opened))
-    return opened
-
-
-def _finish_what_was_decided(store: Path, publisher: Publisher, ledger: Ledger) -> Result | None:
-    """A round that died after its decision: publish and close it now, and that is all for this call."""
-    path = store / "rounds" / "open.json"
-    if not path.is_file():
-        return None
-    with contextlib.suppress(MalformedMessage, msgspec.DecodeError):
-        left: _Open = codec.decode_as(path.read_bytes(), _Open, what=str(path))
-        decided = store / "rounds" / str(left.number) / "result.json"
-        if decided.is_file():
-            result = msgspec.json.decode(decided.read_bytes(), type=Result)
-            _finish(store, publisher, ledger, result)
-            return result
-    return None
-
-
-def _finish(store: Path, publisher: Publisher, ledger: Ledger, result: Result) -> None:
-    """Publish what was decided, write it down, close the round. Each step may be repeated."""
-    if result.manifest is not None:
-        publisher.publish(result.manifest, {})  # every file is in the store already
-        ledger.add_release(result.manifest, result.evidence, result.manifest.created, actor=f"round-{result.round}")
-    _close(ledger, result)
-    (store / "rounds" / "open.json").unlink(missing_ok=True)
-
-
-def _close(ledger: Ledger, result: Result) -> None:
-    row = told(result)
-    try:
-        ledger.close_round(result.round, row)
-    except BadInput as error:
-        if "closed already" not in str(error):
-            raise
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Unavailable(f"another round is running in {path.parents[1]}; wait for its end") from error
-        yield

@@ -1,5 +1,8 @@
 """The measures of students run from end to end on tiny models; their figures mean nothing there."""
 
+from argparse import Namespace
+from pathlib import Path
+
 import pytest
 
 from bench import forge_decode, forge_size_mb, forge_trim
@@ -7,9 +10,11 @@ from bench.crossover import Crossover
 from bench.cut import Table
 from bench.forge import TABLE
 from bench.settings import Settings
+from bench.shapes import Shapes
 from bench.speed import decode_speed
 from protocol.errors import NotEnough
 from protocol.models.engine import Engine
+from tests.tiny import tiny_checkpoint
 
 pytestmark = [pytest.mark.torch, pytest.mark.llama, pytest.mark.filterwarnings("ignore")]
 
@@ -54,3 +59,21 @@ def test_every_way_of_cutting_is_in_the_table(settings: Settings) -> None:
 
     assert {"teacher", "2 blocks, by loss", "32 of 64 channels, first", "small, random"} <= set(table)
     assert all(row["nats"] > 0 for row in table.values())
+
+
+def test_shapes_learn_one_lesson_for_equal_cpu_time_and_are_compared_with_the_first(tmp_path: Path) -> None:
+    base, shapes = tmp_path / "base.gguf", ["2x256x512x2", "1x256x256x1"]
+    tiny_checkpoint(layers=3, hidden=256, heads=2, feed_forward=512, kind="F16").write(base)
+    said = Namespace(
+        shapes=shapes, task="ranch", data=tmp_path, train=None, records=40, stages=tmp_path / "stages", correct=1.0, capture=2.0, own=1.0,
+        cpu=0.5, judged=8, threads=1, seed=1,
+    )  # fmt: skip
+
+    found = Shapes(said, base=base).figures()
+
+    first, second = (found[name] for name in shapes)
+    assert first["steps"] >= 1 and second["steps"] >= 1
+    assert second["megabytes"] < first["megabytes"]
+    assert second["parameters"] < first["parameters"]
+    assert first["against_the_first"]["diff"] == 0.0
+    assert len(list((tmp_path / "stages").glob("capture-*"))) == 1

@@ -131,6 +131,16 @@ def test_an_unknown_preset_is_told_the_known_ones() -> None:
         preset("smal")
 
 
+def test_a_shape_is_spelled_out_as_blocks_width_feed_forward_and_heads() -> None:
+    assert preset("12x512x1024x2") == Preset("12x512x1024x2", blocks=12, hidden=512, feed_forward=1024, heads=2)
+
+
+@pytest.mark.parametrize("shape", ["12x500x1024x2", "12x512x1000x2", "0x512x1024x2", "12x512x1024x0"])
+def test_a_shape_whose_rows_no_file_type_takes_is_refused(shape: str) -> None:
+    with pytest.raises(BadInput, match="multiples of 256"):
+        preset(shape)
+
+
 def test_the_same_examples_make_the_same_student(eight: Path, examples: list[Example], tmp_path: Path) -> None:
     for name in ("one", "two"):
         cut_student(Checkpoint.read(eight), HALF, examples)[0].write(tmp_path / name)

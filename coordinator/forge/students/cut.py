@@ -5,6 +5,7 @@ At equal CPU time a cut student is far ahead of one from scratch (docs/log.md). 
 global, so a kept block may change its kind; the measure sees it, because it numbers them as llama.cpp will (docs/adr/0014).
 """
 
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -26,10 +27,13 @@ from protocol.names import known
 BATCH_TOKENS = 2048
 DEPTH_EXAMPLES = 64  # calibration examples that decide the depth: some 40 forward passes of them
 CANDIDATES = 6  # blocks of least influence, out of which the loss decides
+ROW = 256
+
+_SHAPE = re.compile(r"(\d{1,3})x(\d{1,5})x(\d{1,5})x(\d{1,2})")
 
 
 class Preset(msgspec.Struct, frozen=True):
-    """What a student's figures are. Rows are multiples of 256, which K-quants and ternary types want."""
+    """What a student's figures are. Rows are multiples of ROW, which K-quants and ternary types want."""
 
     name: str
     blocks: int
@@ -54,11 +58,17 @@ PRESETS = {
 
 
 def preset(name: str) -> Preset:
-    """The preset called `name`.
+    """The preset called `name`, or the shape that it spells out: "12x512x1024x2" is blocks, width, feed-forward, heads.
 
     Raises:
         UnknownName: there is none; the message lists them.
+        BadInput: a shape with rows that are no multiples of ROW.
     """
+    if shape := _SHAPE.fullmatch(name):
+        blocks, hidden, feed_forward, heads = map(int, shape.groups())
+        if hidden % ROW or feed_forward % ROW or not min(blocks, hidden, feed_forward, heads):
+            raise BadInput(f"student {name!r}: width and feed-forward must be multiples of {ROW}, and nothing 0, as in 12x512x1024x2")
+        return Preset(name, blocks, hidden, feed_forward, heads)
     known(name, PRESETS, what="student preset")
     return PRESETS[name]
 
