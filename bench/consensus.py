@@ -164,8 +164,8 @@ def vote(task: Task, peers: Sequence[Voice]) -> list[str]:
             texts.append("")
             continue
         outcome = agree(replies, task, trust={name: one.trust for name, one in history.items()})
-        for name, agreed in verdicts_on(replies, task, outcome).items():
-            history[name] = history[name].after(agreed)
+        for name, one in verdicts_on(replies, task, outcome).items():
+            history[name] = history[name].after(one)
         texts.append(outcome.reply.text)
     return texts
 

@@ -27,7 +27,7 @@ from sqlalchemy.dialects.sqlite import insert
 
 from node.escalation import choosing
 from node.escalation.choosing import Me, Peer
-from node.escalation.consensus import Record, agree, settled, verdicts_on
+from node.escalation.consensus import Record, Vote, agree, settled, verdicts_on
 from node.escalation.presence import Presence
 from node.escalation.reporting import Reporter
 from protocol import topics
@@ -81,10 +81,11 @@ asked = sa.Table(
 )  # fmt: skip
 
 records = sa.Table(
-    "asking_trust", metadata,
+    "asking_records", metadata,
     sa.Column("peer", sa.String(48), primary_key=True),
     sa.Column("agreed", sa.Float, nullable=False),
     sa.Column("outvoted", sa.Float, nullable=False),
+    sa.Column("claimed", sa.Float, nullable=False),
 )  # fmt: skip
 
 
@@ -94,7 +95,7 @@ class Outcome(NamedTuple):
     reply: Reply | None = None  # to act on now: the one that stands, or with `over` the last refusal
     slot: str = ""  # the row it came by
     over: bool = False  # nobody is left who could help
-    judged: Mapping[str, bool] = {}  # peer: whether it voted for what stands
+    judged: Mapping[str, Vote] = {}  # peer: whether it voted for what stands
 
 
 class _Slot(NamedTuple):
@@ -458,7 +459,7 @@ class Asker:
             response_topic=topics.reply(self.node, group), correlation=question.id.encode(),
         )  # fmt: skip
 
-    def _forget(self, question: str, judged: Mapping[str, bool] | None = None) -> None:
+    def _forget(self, question: str, judged: Mapping[str, Vote] | None = None) -> None:
         with self.engine.begin() as connection:
             peers = connection.scalars(sa.select(asked.c.peer).where(asked.c.question == question)).all()
             self.outbox.settle(connection, *(_row_id(question, peer) for peer in peers))
@@ -469,14 +470,17 @@ class Asker:
 
 def _trust(connection: sa.Connection) -> dict[str, float]:
     rows = connection.execute(sa.select(records)).all()
-    return {row.peer: Record(row.agreed, row.outvoted).trust for row in rows}
+    return {row.peer: _record(row).trust for row in rows}
 
 
-def _count(connection: sa.Connection, judged: Mapping[str, bool]) -> None:
-    for peer, agreed in judged.items():
+def _record(row: sa.Row[Any]) -> Record:
+    return Record(row.agreed, row.outvoted, row.claimed)
+
+
+def _count(connection: sa.Connection, judged: Mapping[str, Vote]) -> None:
+    for peer, vote in judged.items():
         row = connection.execute(sa.select(records).where(records.c.peer == peer)).one_or_none()
-        record = (Record(row.agreed, row.outvoted) if row else Record()).after(agreed)
-        values = {"agreed": record.agreed, "outvoted": record.outvoted}
+        values = msgspec.structs.asdict((_record(row) if row else Record()).after(vote))
         connection.execute(insert(records).values(peer=peer, **values).on_conflict_do_update(index_elements=["peer"], set_=values))
 
 

@@ -5,7 +5,8 @@
  * weight          confidence times trust; no voice has more than MAX_SHARE of all of three or more, so one that is sure of everything wins
                    against no others that agree. Two voices weigh the same, and the surer one breaks the tie.
  * voice           one a speaker and text: the same model relayed by two peers is one voice.
- * trust           falls with every vote a peer lost among three or more; both counts fade, so that a repaired peer recovers.
+ * trust           falls with every vote a peer lost that others agreed on, and with claims that did not come true: who says 1.0 and stands
+                   for a third of it is believed for a third. All counts fade, so that a repaired peer recovers.
  * stragglers      `settled` says when those still out can change nothing.
 One reply is its own consensus, with its own confidence. Equal weights: the surer peer, then the first by name; the order of arrival plays
 no part. Do not evaluate the outcome with chrF: it was chosen by chrF (bench/consensus.py judges by what did not vote).
@@ -13,6 +14,7 @@ no part. Do not evaluate the outcome with chrF: it was chosen by chrF (bench/con
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -22,9 +24,9 @@ from protocol.tasks import Task
 
 WEIGHT_FLOOR = 0.05  # a peer that is unsure, or cannot tell, still has a voice
 MAX_SHARE = 0.4  # of the weight of three voices or more; below 1/2, so that the others together always outweigh one
-CONTEST = 3  # voices from which on an outvoted one is held to have erred; of two nobody knows which
+CONTEST = 3  # voices from which on an outvoted one is held to have erred, if another agrees with what stands; else nobody knows which
 TRUST_FLOOR = 0.1
-PRIOR = 3.0  # agreements that a new peer is credited with
+PRIOR = 3.0  # agreements, and claims that came true, that a new peer is credited with
 MEMORY = 0.98  # of the counts at each further vote: half is forgotten after 34
 ALIKE, UNLIKE = 0.6, 0.3  # chrF to the text that stands: from here on agreed, up to there outvoted, nothing between
 
@@ -37,20 +39,29 @@ class Consensus(msgspec.Struct, frozen=True):
     voices: int = 1
 
 
+class Vote(NamedTuple):
+    """One peer's part in what stands."""
+
+    agreed: bool
+    claimed: float  # its confidence, in [0, 1]
+
+
 class Record(msgspec.Struct, frozen=True):
-    """How often a peer was on the side that stood, both counts fading."""
+    """How often a peer was on the side that stood, and how sure it said it was; all counts fading."""
 
     agreed: float = 0.0
     outvoted: float = 0.0
+    claimed: float = 0.0  # sum of its confidences
 
     @property
     def trust(self) -> float:
-        """In [TRUST_FLOOR, 1]; 1 for a peer that never lost a vote."""
-        return max(TRUST_FLOOR, (self.agreed + PRIOR) / (self.agreed + self.outvoted + PRIOR))
+        """In [TRUST_FLOOR, 1]: the share of votes it won, times the share of its claims that came true; 1 if it never lost one."""
+        won = self.agreed + PRIOR
+        return max(TRUST_FLOOR, won / (won + self.outvoted) * min(1.0, won / (self.claimed + PRIOR)))
 
-    def after(self, agreed: bool) -> "Record":
+    def after(self, vote: Vote) -> "Record":
         """With one more vote counted."""
-        return Record(self.agreed * MEMORY + agreed, self.outvoted * MEMORY + (not agreed))
+        return Record(self.agreed * MEMORY + vote.agreed, self.outvoted * MEMORY + (not vote.agreed), self.claimed * MEMORY + vote.claimed)
 
 
 def agree(replies: Sequence[Reply], task: Task, *, trust: Mapping[str, float] | None = None) -> Consensus:
@@ -106,20 +117,28 @@ def settled(replies: Sequence[Reply], task: Task, *, pending: int, trust: Mappin
     return True
 
 
-def verdicts_on(replies: Sequence[Reply], task: Task, outcome: Consensus) -> dict[str, bool]:
-    """Which peers agreed with what stands (True) and which were outvoted (False). Nobody, with fewer than CONTEST voices."""
+def verdicts_on(replies: Sequence[Reply], task: Task, outcome: Consensus) -> dict[str, Vote]:
+    """Which peers agreed with what stands and which were outvoted; peer to its vote.
+
+    Nobody, with fewer than CONTEST voices, or where what stands is one peer's alone: then nobody knows who erred.
+    """
     if outcome.voices < CONTEST:
         return {}
     stands = task.parse(outcome.reply.text)
-    found: dict[str, bool] = {}
+    found: dict[str, Vote] = {}
+    speakers: set[str] = set()  # that agree
     for reply in replies:
         if reply.refused or not reply.text:
             continue
         if task.codes:
-            found[reply.peer] = task.parse(reply.text).verdict == stands.verdict
+            agreed = task.parse(reply.text).verdict == stands.verdict
         elif (alike := likeness(reply.text, outcome.reply.text)) >= ALIKE or alike <= UNLIKE:
-            found[reply.peer] = alike >= ALIKE
-    return found
+            agreed = alike >= ALIKE
+        else:
+            continue
+        found[reply.peer] = Vote(agreed, _unit(reply.confidence))
+        speakers |= {reply.speaker or reply.peer} if agreed else set()
+    return found if len(speakers) > 1 else {}
 
 
 def likeness(one: str, other: str) -> float:

@@ -8,7 +8,7 @@ import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node.escalation.consensus import MAX_SHARE, TRUST_FLOOR, Record, agree, capped, settled, verdicts_on
+from node.escalation.consensus import MAX_SHARE, TRUST_FLOOR, Record, Vote, agree, capped, settled, verdicts_on
 from protocol.likeness import chrf
 from protocol.messages import Reply
 from protocol.tasks import RANCH, translation
@@ -147,10 +147,10 @@ def test_a_peer_that_lost_its_trust_is_outweighed_by_one_that_has_it():
 def test_trust_falls_with_lost_votes_and_comes_back_with_won_ones():
     record = Record()
     for _ in range(20):
-        record = record.after(False)
+        record = record.after(Vote(False, 0.5))
     low = record.trust
     for _ in range(100):
-        record = record.after(True)
+        record = record.after(Vote(True, 0.5))
 
     assert TRUST_FLOOR <= low < 0.2
     assert record.trust > 0.9
@@ -162,7 +162,37 @@ def test_of_two_that_disagree_nobody_is_held_to_have_erred_and_of_three_the_odd_
     three = [*two, reply("leak: c", 0.5, "peer2")]
 
     assert verdicts_on(two, RANCH, agree(two, RANCH)) == {}
-    assert verdicts_on(three, RANCH, agree(three, RANCH)) == {"peer0": True, "peer1": False, "peer2": True}
+    assert verdicts_on(three, RANCH, agree(three, RANCH)) == {"peer0": Vote(True, 0.9), "peer1": Vote(False, 0.2), "peer2": Vote(True, 0.5)}
+
+
+@pytest.mark.rule("vote-4")
+def test_where_all_differ_nobody_is_held_to_have_erred_however_sure_the_one_that_stands():
+    told = replies(("leak: lies", 1.0), ("normal: b", 0.3), ("overflow: c", 0.3))
+
+    outcome = agree(told, RANCH)
+
+    assert outcome.reply.text == "leak: lies"
+    assert verdicts_on(told, RANCH, outcome) == {}
+
+
+@pytest.mark.rule("vote-4")
+def test_two_that_relay_one_speaker_do_not_agree_with_one_another():
+    told = [
+        reply("leak: a", 0.9, "base", speaker="teacher"), reply("leak: a", 0.9, "ridge", speaker="teacher"),
+        reply("normal: b", 0.3, "coast"), reply("overflow: c", 0.3, "valley"),
+    ]  # fmt: skip
+
+    assert verdicts_on(told, RANCH, agree(told, RANCH)) == {}
+
+
+@pytest.mark.rule("vote-4")
+def test_who_claims_more_than_comes_true_is_believed_less_than_who_lost_as_often_and_said_it_was_unsure():
+    loud = quiet = Record()
+    for won in [True, False, False] * 10:
+        loud, quiet = loud.after(Vote(won, 1.0)), quiet.after(Vote(won, 0.3))
+
+    assert quiet.trust > 2 * loud.trust
+    assert 1.0 * loud.trust < 0.3 * quiet.trust + 0.05
 
 
 @pytest.mark.rule("vote-4")
@@ -173,7 +203,7 @@ def test_a_translation_that_is_merely_different_is_not_held_against_its_peer():
 
     counted = verdicts_on(told, TEXT, agree(told, TEXT))
 
-    assert (counted["peer0"], counted["peer1"], counted["peer3"]) == (True, True, False)
+    assert (counted["peer0"].agreed, counted["peer1"].agreed, counted["peer3"].agreed) == (True, True, False)
     assert "peer2" not in counted
 
 
