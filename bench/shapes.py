@@ -4,8 +4,8 @@
     python -m bench.shapes --task translate-english-spanish --data FOLDER --stages FOLDER --correct 936 --capture 270 --cpu 900 small ...
 
 FOLDER is where a distillation of that task keeps its stages: its corrected teacher and what was captured of it are taken from there, so all
-shapes have the same teacher and the same lesson. How many steps a shape gets is told by what a step costs it (processor time,
-measured before); so a cheaper one learns from more. Each is exported as Q4_K_M, and the file itself answers records of dev. The others are
+shapes have the same teacher and the same lesson. How many steps a shape gets is told by what a step costs it (processor time, measured in
+turns before); so a cheaper one learns from more. Each is exported as Q4_K_M, and the file itself answers records of dev. The others are
 compared with the first shape, paired. What is finished is kept in --stages. Writes bench/results/shapes.json, one entry a task.
 """
 
@@ -21,13 +21,15 @@ from coordinator.forge.judging.evaluation import Evaluation, evaluate
 from coordinator.forge.judging.metrics import paired_difference
 from coordinator.forge.pairs import read_pairs
 from coordinator.forge.pipeline import Budget, Forged, Plan, forge
-from coordinator.forge.training.recipe import Recipe
+from coordinator.forge.training.recipe import Recipe, trained
 from coordinator.ranch import generate, site_named
+from protocol.models.checkpoint import Checkpoint
 from protocol.models.engine import Engine
+from protocol.models.tokenizer import Tokenizer, make_example
 from protocol.tasks import RANCH, Record, task_named
 
 RATE = 5e-4
-PROBED = 8  # steps that tell what one costs
+PROBED, PROBED_ON, TURNS = 10, 400, 3  # steps that tell what one costs, of so many examples, how often
 
 
 def main() -> None:
@@ -83,8 +85,9 @@ class Shapes:
 
     def figures(self) -> dict[str, Any]:
         found, judged = {}, {}
+        costs = self.settings.kept("shapes", "costs " + " ".join(self.said.shapes), self.costs)
         for shape in self.said.shapes:
-            steps = self.settings.kept("shapes", f"{shape}-steps-{self.said.cpu:g}", lambda shape=shape: self.affordable(shape))
+            steps = max(1, round(self.said.cpu / costs[shape]))
             made = self.distilled(shape, steps)
             judged[shape] = evaluate(made.student, self.judged, self.task, threads=self.said.threads)
             found[shape] = {
@@ -102,14 +105,22 @@ class Shapes:
         mean = sum(quality) / len(quality)
         return {"quality": mean, "n": len(quality), "chrf": figures["chrf"], "cpu_ms": figures["cpu_seconds_per_1000"]}
 
-    def affordable(self, shape: str) -> int:
-        """Steps that the CPU-seconds buy, by what some of them took."""
-        took = []
-        for steps in (1, 2, 2 + PROBED):  # the first cuts as well; what the others do beside their steps is the same
-            began = time.process_time()
-            self.distilled(shape, steps)
-            took.append(time.process_time() - began)
-        return max(1, round(self.said.cpu * PROBED / max(1e-3, took[2] - took[1])))
+    def costs(self) -> dict[str, float]:
+        """CPU-seconds a step of every shape, measured in turns; the least of each, since a busy machine only adds."""
+        files = {}
+        for shape in self.said.shapes:
+            digest = self.distilled(shape, 1).lineage["cut"]["digest"]  # the stage before the training
+            files[shape] = self.said.stages / f"cut-{digest[:12]}" / "cut-f16.gguf"
+        cuts = {shape: Checkpoint.read(path) for shape, path in files.items()}
+        with Tokenizer(files[self.said.shapes[0]]) as tokenizer:
+            examples = [make_example(tokenizer, self.task, record) for record in self.train[:PROBED_ON]]
+        took: dict[str, list[float]] = {shape: [] for shape in cuts}
+        for _ in range(TURNS):
+            for shape, cut in cuts.items():
+                began = time.process_time()
+                trained(cut, examples, Recipe(mode="full", learning_rate=RATE, steps=PROBED), seed=self.said.seed)
+                took[shape].append((time.process_time() - began) / PROBED)
+        return {shape: min(each) for shape, each in took.items()}
 
     def distilled(self, shape: str, steps: int) -> Forged:
         budget = Budget("shapes", self.said.correct, self.said.capture, 0.0)
