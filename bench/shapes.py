@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.kept import answered
 from bench.result import RESULTS, write
 from bench.settings import TRANSLATION, Settings
-from coordinator.forge.judging.evaluation import Evaluation, evaluate
+from coordinator.forge.judging.evaluation import Evaluation
 from coordinator.forge.judging.metrics import paired_difference
 from coordinator.forge.pairs import read_pairs
 from coordinator.forge.pipeline import Budget, Forged, Plan, forge
@@ -89,7 +90,9 @@ class Shapes:
         for shape in self.said.shapes:
             steps = max(1, round(self.said.cpu / costs[shape]))
             made = self.distilled(shape, steps)
-            judged[shape] = evaluate(made.student, self.judged, self.task, threads=self.said.threads)
+            judged[shape] = answered(
+                self.settings, "shapes", f"{shape}-{steps}-answers-{len(self.judged)}", made.student, self.judged, self.task
+            )  # fmt: skip
             found[shape] = {
                 "steps": steps, "megabytes": made.student.stat().st_size / 1e6, "parameters": parameters(made.student),
                 "training": made.lineage["distil"]["training"], **self.brief(judged[shape]),

@@ -95,18 +95,18 @@ def finish_what_was_decided(store: Path, publisher: Publisher, ledger: Ledger) -
         decided = store / "rounds" / str(left.number) / "result.json"
         if decided.is_file():
             result = msgspec.json.decode(decided.read_bytes(), type=Result)
-            finish(store, publisher, ledger, result)
+            _finish(store, publisher, ledger, result)
             return result
     return None
 
 
 def decide(store: Path, publisher: Publisher, ledger: Ledger, result: Result) -> None:
-    """Write the result down, then `finish`."""
+    """Write the result down, then publish and close."""
     write_atomically(store / "rounds" / str(result.round) / "result.json", msgspec.json.encode(result))
-    finish(store, publisher, ledger, result)
+    _finish(store, publisher, ledger, result)
 
 
-def finish(store: Path, publisher: Publisher, ledger: Ledger, result: Result) -> None:
+def _finish(store: Path, publisher: Publisher, ledger: Ledger, result: Result) -> None:
     """Publish what was decided, write it down, close the round. Each step may be repeated."""
     if result.manifest is not None:
         publisher.publish(result.manifest, {})  # every file is in the store already
