@@ -1,13 +1,15 @@
-"""Wall-clock to equal held-out quality: ours against TRL 1.16's on-policy trainers, on Tatoeba (chrF, dev) and ranch (verdicts, dev).
+"""Time to equal held-out quality: ours against TRL 1.16's on-policy trainers, on Tatoeba (chrF, dev) and ranch (verdicts, dev).
 
 One corrected teacher, one student cut out of it (`small`), one set of training records, for all arms. Ours asks the teacher once (that is
 in its time), then trains on the cache. Each of TRL's two trainers runs tuned and with its defaults (`bench.trl_loop`), until it is as good
 as ours ended, its own epochs are over (then it never gets there), or its limit is over: `--limit` seconds, or the time of the fastest
 baseline before it, since what is slower than that one no longer decides. Judging is greedy decoding of the same dev records, with the clock
-standing still. The curve of quality over seconds of every arm is kept; so is every arm that is done.
+standing still. The curve of quality over seconds of every arm is kept; so is every arm that is done. Seconds are the processor's
+(`bench.trl_loop`).
 
 figure = (seconds of the fastest baseline until our quality) / (seconds until ours had it). Where none got there, the longest limit counts
-and `at_least_so` says so.
+and `at_least_so` says so. A limit bounds that number whatever happens, so every baseline is also compared at the best quality that it
+reached itself: `at_its_best` = (its seconds until then) / (ours until we were that good).
 """
 
 import random
@@ -86,8 +88,15 @@ def ratio(mine: dict[str, Any], theirs: dict[str, dict[str, Any]]) -> dict[str, 
         "at_least_so": not there,
         "quality": goal,
         "ours": {"seconds": ours} | mine,
-        "against": {arm: {"seconds": seconds[arm], "best": max(q for _, q in run["curve"])} | run for arm, run in theirs.items()},
+        "against": {arm: {"seconds": seconds[arm]} | at_its_best(mine, run) | run for arm, run in theirs.items()},
     }
+
+
+def at_its_best(mine: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """Both sides' seconds until the best quality of a baseline that learned anything, and their ratio."""
+    best = max(quality for _, quality in run["curve"])
+    its, ours = reached(run, best), reached(mine, best)
+    return {"best": best, "best_after": its, "ours_that_good_after": ours, "at_its_best": its / ours if its and ours else None}
 
 
 class Lesson:

@@ -6,6 +6,7 @@ Rules:
  * `default` keeps TRL 1.16's own settings but for two that it needs on a CPU (use_cpu, bf16 off). `tuned` is what a knowing user would
    set here: no gradient checkpointing, answers no longer than the task's, bfloat16, our batch size, a learning rate in the range of ours.
  * A callback looks at the clock after every step, and judges the student when `Watch` says so; judging stops the clock.
+ * Seconds are of the processor: with one thread, the wall-clock of a machine that does nothing else. Nobody's other work counts for anyone.
 """
 
 import time
@@ -31,19 +32,19 @@ class Watch:
     def __init__(self, judge: Callable[[], float], *, limit_s: float, goal: float | None = None, first_look: float = FIRST_LOOK) -> None:
         self.judge, self.limit_s, self.goal, self.next = judge, limit_s, goal, first_look
         self.curve: list[tuple[float, float]] = []
-        self.began, self.paused = time.monotonic(), 0.0
+        self.began, self.paused = time.process_time(), 0.0
         self.look()
 
     @property
     def elapsed(self) -> float:
-        """Seconds of work, judging left out."""
-        return time.monotonic() - self.began - self.paused
+        """Processor seconds of work, judging left out."""
+        return time.process_time() - self.began - self.paused
 
     def look(self) -> None:
         """Judge now."""
-        at, stopped = self.elapsed, time.monotonic()
+        at, stopped = self.elapsed, time.process_time()
         self.curve.append((round(at, 2), self.judge()))
-        self.paused += time.monotonic() - stopped
+        self.paused += time.process_time() - stopped
 
     def tick(self) -> bool:
         """After a step: judge if it is time to; True when the work is to end, at its goal or its limit."""

@@ -101,7 +101,7 @@ def read_site(path: Path) -> Site:
         raise BadInput(f"{path} is over {SITE_FILE_LIMIT // 1024} kB: this is not a site file")
     try:
         value = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not TOML: {error}") from error
     _known_keys(value, path)
     try:

@@ -64,3 +64,14 @@ def test_a_baseline_that_ended_by_itself_before_it_was_as_good_never_gets_there(
 
     assert (found["figure"], found["at_least_so"]) == (20.0, True)
     assert forge_time_to_quality.ratio(mine, {"ended": ended})["figure"] is None
+
+
+def test_a_limit_cannot_hide_how_long_both_took_to_the_best_a_baseline_reached() -> None:
+    mine = {"curve": [(0.0, 0.1), (10.0, 0.3), (20.0, 0.5)]}
+    slow = {"curve": [(0.0, 0.1), (150.0, 0.25), (400.0, 0.2)], "stopped": True}
+    dead = {"curve": [(0.0, 0.1), (400.0, 0.1)], "stopped": True}
+
+    found = forge_time_to_quality.ratio(mine, {"slow": slow, "dead": dead})["against"]
+
+    assert (found["slow"]["best"], found["slow"]["at_its_best"]) == (0.25, 15.0)
+    assert found["dead"]["at_its_best"] is None  # it learned nothing: there is nothing to compare

@@ -64,6 +64,8 @@ def test_a_flag_not_given_changes_nothing() -> None:
         ("[broker]\nport = 'many'\n", "broker.port"),
         ("broker = 3\n", "must be a section"),
         ("[broker\n", "not TOML"),
+        (f"[broker]\nport = {'9' * 5_000}\n", "not TOML"),
+        (f"[broker]\nport = {'[' * 5_000}\n", "not TOML"),
     ],
 )
 def test_a_wrong_file_is_refused_with_what_to_do(tmp_path: Path, text: str, why: str) -> None:

@@ -90,6 +90,8 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(described, old, new, to
         ('["la manguera llora"]', "[]", "words.es.pipe"),
         ("[[plots]]", "[plots]", "plots"),
         ("[faults]", "[faults", "not TOML"),
+        ("normal = 10", f"normal = {'9' * 5_000}", "not TOML"),
+        ("normal = 10", f"normal = {'[' * 5_000}", "not TOML"),
     ],
 )
 def test_a_value_that_cannot_be_simulated_is_refused_by_name(described, old, new, told):
