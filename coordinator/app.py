@@ -27,9 +27,9 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
-from coordinator.dashboard import views
 from coordinator.dashboard.auth import Door
 from coordinator.dashboard.routes import Dashboard
+from coordinator.dashboard.views.nodes import SHOWN, all_nodes
 from coordinator.fleet.ledger import Ledger
 from coordinator.fleet.listening import Listener
 from coordinator.fleet.publishing import Publisher
@@ -237,9 +237,9 @@ class _Fleet(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the gauges."""
         one = self._coordinator
-        found = views.all_nodes(one.ledger, now=int(one.clock()), silent_after_s=one.settings.web.silent_after_s)
+        found = all_nodes(one.ledger, now=int(one.clock()), silent_after_s=one.settings.web.silent_after_s)
         states = GaugeMetricFamily("milpa_nodes", "Nodes by the state that the dashboard shows", labels=["state"])
-        for state in views.SHOWN:
+        for state in SHOWN:
             states.add_metric([state], sum(node.shown == state for node in found))
         yield states
         latest = one.ledger.latest_release()

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from coordinator.dashboard.views import Point, Series
+from coordinator.dashboard.views.series import Point, Series
 
 WIDTH, HEIGHT = 300.0, 72.0  # of the small chart's viewBox; stretched to its column
 PLOT, LEFT, RIGHT, TOP, BOTTOM = 320.0, 34.0, 18.0, 12.0, 34.0  # of the square plots

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from coordinator.dashboard.charts import Bar, bar, finite, listed
-from coordinator.dashboard.views import wilson
+from coordinator.dashboard.views.series import wilson
 from coordinator.dashboard.words import NO_VALUE, Words
 
 TEACHER, STUDENT = "teacher", "student"

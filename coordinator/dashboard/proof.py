@@ -11,7 +11,7 @@ import msgspec
 
 from coordinator.dashboard import losses
 from coordinator.dashboard.charts import Bar, Plot, bar, finite, listed, plot
-from coordinator.dashboard.views import wilson
+from coordinator.dashboard.views.series import wilson
 from coordinator.dashboard.words import NO_VALUE, THIN, Words
 from coordinator.fleet.ledger import PublishedRelease
 

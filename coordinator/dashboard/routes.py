@@ -24,8 +24,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
-from coordinator.dashboard import charts, proof, views
+from coordinator.dashboard import charts, proof
 from coordinator.dashboard.auth import SESSION_S, Door, TooManyTries, WrongLogin, same
+from coordinator.dashboard.views.books import audit_rows, refused_messages
+from coordinator.dashboard.views.escalations import about_asking
+from coordinator.dashboard.views.nodes import SHOWN, Happened, Node, all_nodes, node_named, timeline
+from coordinator.dashboard.views.overview import first_page
+from coordinator.dashboard.views.rounds import Round, all_rounds, round_numbered
 from coordinator.dashboard.words import Words, language
 from coordinator.fleet.ledger import Ledger, WebSession
 from protocol.errors import BadInput, Unavailable
@@ -42,8 +47,8 @@ PAGES = (
 POLL_S = 1.0  # how often the ledger's mark is read while somebody watches
 TICK_S = 15.0  # a word on the line at least so often, so that ages stay true and a cut is noticed
 WATCHERS = 64  # open event streams
-SORTS: dict[str, Callable[[views.Node], Any]] = {
-    "name": lambda node: node.name, "state": lambda node: views.SHOWN.index(node.shown), "role": lambda node: node.role,
+SORTS: dict[str, Callable[[Node], Any]] = {
+    "name": lambda node: node.name, "state": lambda node: SHOWN.index(node.shown), "role": lambda node: node.role,
     "release": lambda node: node.release, "answered": lambda node: node.answered, "share": lambda node: node.share or 0.0,
     "waiting": lambda node: node.waiting, "seen": lambda node: -node.last_seen,
 }  # fmt: skip
@@ -262,7 +267,7 @@ class Dashboard:
         @router.get("/")
         def overview(request: Request) -> Response:
             session, words = self._enter_page(request)
-            view = views.overview(self.ledger, now=words.now, silent_after_s=self.silent_after_s)
+            view = first_page(self.ledger, now=words.now, silent_after_s=self.silent_after_s)
             return self._page(request, session, words, "overview", "overview.html", view=view, spoken=lambda values: _spoken(words, values))
 
         @router.get("/nodes")
@@ -271,11 +276,11 @@ class Dashboard:
             order: Annotated[str, Query(max_length=4)] = "",
         ) -> Response:  # fmt: skip
             session, words = self._enter_page(request)
-            found = views.all_nodes(self.ledger, now=words.now, silent_after_s=self.silent_after_s)
+            found = all_nodes(self.ledger, now=words.now, silent_after_s=self.silent_after_s)
             rows = [node for node in found if _matches(node, q, words)]
             if sort in SORTS:
                 rows.sort(key=SORTS[sort], reverse=order == "desc")
-            counts = [(state, sum(node.shown == state for node in found)) for state in views.SHOWN]
+            counts = [(state, sum(node.shown == state for node in found)) for state in SHOWN]
 
             def query(**changes: str) -> str:
                 kept = {"q": q, "sort": sort if sort in SORTS else "", "order": order} | changes
@@ -289,19 +294,19 @@ class Dashboard:
         @router.get("/nodes/{name}")
         def node(request: Request, name: str) -> Response:
             session, words = self._enter_page(request)
-            found = views.node_named(self.ledger, name, now=words.now, silent_after_s=self.silent_after_s)
+            found = node_named(self.ledger, name, now=words.now, silent_after_s=self.silent_after_s)
             if found is None:
                 raise NotHere
             latest = self.ledger.latest_release()
             return self._page(
-                request, session, words, "nodes", "node.html", node=found, lines=views.timeline(self.ledger, name),
+                request, session, words, "nodes", "node.html", node=found, lines=timeline(self.ledger, name),
                 latest=latest.number if latest else 0, happened=lambda line: _happened(words, line),
             )  # fmt: skip
 
         @router.get("/releases")
         def releases(request: Request) -> Response:
             session, words = self._enter_page(request)
-            found = views.all_nodes(self.ledger, now=words.now, silent_after_s=self.silent_after_s)
+            found = all_nodes(self.ledger, now=words.now, silent_after_s=self.silent_after_s)
             rows = []
             for release in reversed(self.ledger.releases()):
                 quality, gap = proof.summary(release, words)
@@ -321,7 +326,7 @@ class Dashboard:
                 raise NotHere
             this = kept[number]
             before = kept.get(str(this.manifest.previous))
-            found = views.all_nodes(self.ledger, now=words.now, silent_after_s=self.silent_after_s)
+            found = all_nodes(self.ledger, now=words.now, silent_after_s=self.silent_after_s)
             older = [one for one in kept.values() if one.number < this.number]
             return self._page(
                 request, session, words, "releases", "release.html", release=this, before=before, total=len(found),
@@ -332,13 +337,13 @@ class Dashboard:
         @router.get("/rounds")
         def rounds(request: Request) -> Response:
             session, words = self._enter_page(request)
-            rows = views.all_rounds(self.ledger)
+            rows = all_rounds(self.ledger)
             return self._page(request, session, words, "rounds", "rounds.html", rows=rows, outcome=lambda one: _outcome(words, one))
 
         @router.get("/rounds/{number}")
         def round_(request: Request, number: str) -> Response:
             session, words = self._enter_page(request)
-            found = views.round_numbered(self.ledger, int(number)) if number.isascii() and number.isdigit() and len(number) < 10 else None
+            found = round_numbered(self.ledger, int(number)) if number.isascii() and number.isdigit() and len(number) < 10 else None
             if found is None:
                 raise NotHere
             return self._page(request, session, words, "rounds", "round.html", round=found, outcome=lambda one: _outcome(words, one))
@@ -346,7 +351,7 @@ class Dashboard:
         @router.get("/escalations")
         def escalations(request: Request) -> Response:
             session, words = self._enter_page(request)
-            view = views.escalations(self.ledger, now=words.now, silent_after_s=self.silent_after_s)
+            view = about_asking(self.ledger, now=words.now, silent_after_s=self.silent_after_s)
             latest = self.ledger.latest_release()
             return self._page(
                 request, session, words, "escalations", "escalations.html", view=view, curve=proof.deferral(latest, view.asked, words),
@@ -357,8 +362,8 @@ class Dashboard:
         def audit(request: Request, before: Annotated[int | None, Query(ge=1, le=2**53)] = None) -> Response:
             session, words = self._enter_page(request)
             return self._page(
-                request, session, words, "audit", "audit.html", rows=views.audit_rows(self.ledger, before=before),
-                broken=self.ledger.broken_audit(), messages=views.refused_messages(self.ledger),
+                request, session, words, "audit", "audit.html", rows=audit_rows(self.ledger, before=before),
+                broken=self.ledger.broken_audit(), messages=refused_messages(self.ledger),
             )  # fmt: skip
 
         @router.get("/audit.jsonl")
@@ -367,7 +372,7 @@ class Dashboard:
 
             def lines() -> Any:
                 before: int | None = None
-                while rows := views.audit_rows(self.ledger, before=before, limit=1_000):
+                while rows := audit_rows(self.ledger, before=before, limit=1_000):
                     for row in rows:
                         yield msgspec.json.encode(row) + b"\n"
                     before = rows[-1].id
@@ -465,7 +470,7 @@ def _inside(where: str) -> str:
     return where if where.startswith("/") and not where.startswith(("//", "/\\")) and where.isprintable() else "/"
 
 
-def _matches(node: views.Node, query: str, words: Words) -> bool:
+def _matches(node: Node, query: str, words: Words) -> bool:
     """Every word of the query is somewhere in what the row shows."""
     role = f"role.{node.role}"
     shown = " ".join(
@@ -484,7 +489,7 @@ def _spoken(words: Words, values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: words.clock(value) if key == "since" else value for key, value in values.items()}
 
 
-def _outcome(words: Words, found: views.Round) -> str:
+def _outcome(words: Words, found: Round) -> str:
     if found.closed is None:
         return words.text("outcome.overdue" if words.now > found.deadline else "outcome.open")
     if found.published:
@@ -493,7 +498,7 @@ def _outcome(words: Words, found: views.Round) -> str:
     return words.text(key) if words.known(key) else found.decision or words.text("outcome.closed")
 
 
-def _happened(words: Words, line: views.Happened) -> str:
+def _happened(words: Words, line: Happened) -> str:
     """One line of a timeline in words. A kind that is newer than this program is shown by its name."""
     key = f"happened.{line.kind}"
     if not words.known(key):

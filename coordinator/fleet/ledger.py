@@ -7,7 +7,7 @@ Rules:
  * Several processes may write at once (serve, round, publish): each write is one transaction that takes the write lock first.
  * What grows with time has a limit (below); events and audit are the record itself and stay.
 
-Reading for people is `coordinator/dashboard/views.py`.
+Reading for people is `coordinator/dashboard/views/`.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The ledger's tables, as SQLAlchemy Core sees them. No queries here; those are in `ledger` (writes) and `dashboard/views` (reads).
+"""The ledger's tables, as SQLAlchemy Core sees them. No queries here; those are in `ledger` (writes) and `dashboard/views/` (reads).
 
 Every change needs a migration in `migrations/versions`; a test compares what the migrations build with what stands here.
 Times are seconds since 1970, UTC, on the coordinator's clock, but for columns called `at`, which a node wrote and may be wrong.

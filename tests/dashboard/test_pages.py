@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.dashboard import views
+from coordinator import dashboard
 from coordinator.dashboard.catalogue import TEXTS
+from coordinator.dashboard.views.nodes import SLEEP_GRACE_S, shown_state
+from coordinator.dashboard.views.overview import first_page
+from coordinator.dashboard.views.series import wilson
 from coordinator.dashboard.words import Words, language, texts_used
 from coordinator.fleet import tables
 from protocol.messages import Event, Status
 from tests.dashboard.seed import NOW, PEER, evidence, release
 
 PAGES = ("/", "/nodes", "/releases", "/rounds", "/escalations", "/audit")
-TEMPLATES = Path(views.__file__).parent / "templates"
+TEMPLATES = Path(dashboard.__file__).parent / "templates"
 
 
 def text(page: str) -> str:
@@ -232,14 +235,14 @@ def test_the_audit_exports_every_row(filled):
 def test_a_state_is_what_was_said_last_unless_silence_outweighs_it(status, quiet, refusal, shown):
     row = {"state": status, "last_seen": NOW - quiet, "sleeping_until": 0}
 
-    assert views.shown_state(row, now=NOW, silent_after_s=900, refusal=refusal) == shown
+    assert shown_state(row, now=NOW, silent_after_s=900, refusal=refusal) == shown
 
 
 def test_announced_sleep_is_no_silence_until_it_is_overdue():
     row = {"state": "sleeping", "last_seen": NOW - 30_000, "sleeping_until": NOW - 60}
 
-    assert views.shown_state(row, now=NOW, silent_after_s=900, refusal="") == "asleep"
-    assert views.shown_state(row, now=NOW + views.SLEEP_GRACE_S, silent_after_s=900, refusal="") == "silent"
+    assert shown_state(row, now=NOW, silent_after_s=900, refusal="") == "asleep"
+    assert shown_state(row, now=NOW + SLEEP_GRACE_S, silent_after_s=900, refusal="") == "silent"
 
 
 def test_increments_are_counted_within_a_boot(client, coordinator):
@@ -249,14 +252,14 @@ def test_increments_are_counted_within_a_boot(client, coordinator):
             NOW - 300 + sequence,
         )
 
-    view = views.overview(coordinator.ledger, now=NOW, silent_after_s=900)
+    view = first_page(coordinator.ledger, now=NOW, silent_after_s=900)
 
     assert view.asked == pytest.approx(4 / 35)
     assert next(one.whole.value for one in view.series if one.kind == "answers") == 35
 
 
 def test_wilson_interval_agrees_with_the_published_example():
-    low, high = views.wilson(81, 263)  # Newcombe 1998, table I
+    low, high = wilson(81, 263)  # Newcombe 1998, table I
 
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
 

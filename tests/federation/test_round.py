@@ -113,7 +113,7 @@ def options(**more: Any) -> Any:
 def test_two_sites_adapters_become_release_two_and_the_ledger_says_how(
     farm: Farm, superlink: SuperLink, windows: Callable[..., Window], tmp_path: Path
 ) -> None:
-    from coordinator.dashboard.views import round_numbered
+    from coordinator.dashboard.views.rounds import round_numbered
     from coordinator.federation.round import run_round
 
     store, ledger, publisher = farm.store(tmp_path)
@@ -239,7 +239,7 @@ def test_nothing_is_released_when_nothing_is_better(farm: Farm, tmp_path: Path) 
 
 
 def test_an_outlier_accepted_on_arrival_is_a_refusal_in_the_ledger_in_the_end(farm: Farm, tmp_path: Path) -> None:
-    from coordinator.dashboard.views import round_numbered
+    from coordinator.dashboard.views.rounds import round_numbered
     from coordinator.federation.round import run_round
 
     store, ledger, _ = farm.store(tmp_path)
