@@ -52,8 +52,11 @@ if [ -z "$environment" ]; then
   say "installing Milpa from $source (the first time llama.cpp is built: minutes on a small board)"
   pins=()
   [ ! -f "$here/../constraints.txt" ] || pins=(-c "$here/../constraints.txt")
+  # what every installed file is, by its SHA-256: pip lays the same program anew, and a node need not restart for that
+  contents() { cat "$environment"/lib/python3*/site-packages/*.dist-info/RECORD 2>/dev/null | sha256sum; }
+  before=$(contents)
   "$environment/bin/python" -m pip --disable-pip-version-check install -q --upgrade "${pins[@]}" "$source"
-  changed=yes
+  [ "$before" = "$(contents)" ] || changed=yes
 fi
 [ -x "$environment/bin/milpa-node" ] || fail "$environment has no milpa-node; install the package milpa there"
 

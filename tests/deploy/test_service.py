@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,25 @@ def environment(tmp_path: Path) -> Path:
 
 def install(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(SCRIPT), "--root", str(root), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    alone = os.environ | {"PIP_NO_INDEX": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=alone)
+
+
+def wheel(folder: Path, version: str) -> Path:
+    """The program as a wheel of that version that needs no other package: what it runs is this checkout."""
+    path, about = folder / f"milpa-{version}-py3-none-any.whl", f"milpa-{version}.dist-info"
+    files = {
+        "milpa_here.py": f"import os\ndef main():\n    os.chdir({str(ROOT)!r})\n"
+        f"    os.execv({sys.executable!r}, [{sys.executable!r}, '-m', 'node.cli', *os.sys.argv[1:]])\n",
+        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: milpa\nVersion: {version}\n",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{about}/entry_points.txt": "[console_scripts]\nmilpa-node = milpa_here:main\n",
+    }
+    with zipfile.ZipFile(path, "w") as file:
+        for name, text in files.items():
+            file.writestr(name, text)
+        file.writestr(f"{about}/RECORD", "".join(f"{name},,\n" for name in [*files, f"{about}/RECORD"]))
+    return path
 
 
 def laid(root: Path) -> dict[str, bytes]:
@@ -146,6 +165,18 @@ def test_installing_again_changes_nothing_and_keeps_what_the_operator_wrote(tmp_
 
     assert again.returncode == 0 and "nothing to do" in again.stderr
     assert laid(root) == before
+
+
+def test_the_script_makes_its_own_environment_and_calls_only_another_program_a_change(tmp_path: Path) -> None:
+    options = ("--python", sys.executable, "--source")
+    old, new = wheel(tmp_path, "0.0.1"), wheel(tmp_path, "0.0.2")
+
+    first, again, later = (install(tmp_path / "root", *options, str(source)) for source in (old, old, new))
+
+    assert first.returncode == 0 and "was started" in first.stderr, first.stderr
+    assert "nothing to do" in again.stderr, again.stderr
+    assert later.returncode == 0 and "nothing to do" not in later.stderr
+    assert (tmp_path / "root/usr/local/bin/milpa-node").readlink() == Path("/usr/local/lib/milpa/venv/bin/milpa-node")
 
 
 def test_a_unit_that_differs_is_replaced(tmp_path: Path, environment: Path) -> None:
