@@ -3,7 +3,7 @@
 * acknowledged and lost      an answer that was given, or an operator's word that was taken, is not there at the end
 * applied twice              more than one reply changed an answer, or an event stands for more than one change
 * order                      an operator's word was changed by somebody else; change numbers or releases went back
-* unverified                 an answer names a model that nobody signed
+* unverified                 an answer names a model that nobody signed; or memory gave it, and nobody had confirmed what it stands on
 * silence                    a request without an answer
 """
 
@@ -20,6 +20,7 @@ class Given(NamedTuple):
     source: str
     release: int
     model: str  # digest
+    remembered: str = ""  # the answer it stands on, where memory spoke and not the model
 
 
 class Change(NamedTuple):
@@ -48,8 +49,15 @@ def wrong(history: History) -> list[str]:
     """Every rule that was broken, in words; empty when all held."""
     found = [f"silence: {why}" for why in history.silent]
     found += _lost(history) + _twice(history) + _told(history) + _order(history)
-    found += [f"unverified: {one.id} was answered by {one.model[:12]}" for one in history.given if one.model not in history.signed]
-    return found
+    return found + _unverified(history)
+
+
+def _unverified(history: History) -> list[str]:
+    confirmed = {change.id for change in history.changes if change.by == "operator" or change.by.startswith("peer:")}
+    spoken = [one for one in history.given if not one.remembered]
+    found = [f"unverified: {one.id} was answered by {one.model[:12]}" for one in spoken if one.model not in history.signed]
+    unfounded = [one for one in history.given if one.remembered and one.remembered not in confirmed]
+    return found + [f"unverified: {one.id} was remembered from {one.remembered}, which nobody confirmed" for one in unfounded]
 
 
 def _lost(history: History) -> list[str]:
@@ -93,7 +101,7 @@ def _order(history: History) -> list[str]:
             found.append(f"order: {change.by or 'the clock'} changed {change.id} after the operator")
         if change.by == "operator":
             operators.add(change.id)
-    for earlier, later in itertools.pairwise(one.release for one in history.given):
+    for earlier, later in itertools.pairwise(one.release for one in history.given if not one.remembered):
         if later < earlier:
             found.append(f"order: release {later} answered after {earlier}")
     return found

@@ -9,12 +9,13 @@ from tests.history.machine import history
 from tests.history.rules import Change, Given, History, wrong
 
 GOOD = History(
-    given=[Given("a", "soil 1", 1, "m1"), Given("b", "soil 2", 2, "m2")], silent=[], corrected={"b": "leak"},
+    given=[Given("a", "soil 1", 1, "m1"), Given("b", "soil 2", 2, "m2"), Given("c", "soil 2", 0, "", "b")], silent=[],
+    corrected={"b": "leak"},
     changes=[
         Change("a", 1, "provisional", ""), Change("b", 2, "provisional", ""), Change("a", 3, "upgraded", "peer:base"),
         Change("b", 4, "corrected", "operator"),
     ],
-    stored={"a": "soil 1", "b": "soil 2"}, verdicts={"a": "normal", "b": "leak"}, events=[("e1", "upgraded")], signed={"m1", "m2"},
+    stored={"a": "soil 1", "b": "soil 2", "c": "soil 2"}, verdicts={"a": "normal", "b": "leak"}, events=[("e1", "upgraded")], signed={"m1", "m2"},
 )  # fmt: skip
 
 
@@ -41,8 +42,8 @@ def test_a_history_without_a_fault_is_not_complained_of() -> None:
     ("broken", "says"),
     [
         ({"silent": ["soil 9: 503"]}, "silence"),
-        ({"stored": {"a": "soil 1"}}, "lost: answer b"),
-        ({"stored": {"a": "soil 2", "b": "soil 2"}}, "lost: answer a"),
+        ({"stored": {"a": "soil 1", "c": "soil 2"}}, "lost: answer b"),
+        ({"stored": {"a": "soil 2", "b": "soil 2", "c": "soil 2"}}, "lost: answer a"),
         ({"verdicts": {"a": "normal", "b": "normal"}}, "lost: the operator's 'leak'"),
         ({"events": []}, "lost: 1 replies upgraded"),
         ({"events": [("e1", "upgraded"), ("e2", "upgraded")]}, "twice: 1 replies upgraded"),
@@ -51,6 +52,8 @@ def test_a_history_without_a_fault_is_not_complained_of() -> None:
         ({"changes": [*GOOD.changes, Change("a", 4, "corrected", "operator")]}, "order: change 4"),
         ({"given": GOOD.given[::-1]}, "order: release 1 answered after 2"),
         ({"signed": {"m1"}}, "unverified: b"),
+        ({"given": [*GOOD.given, Given("c", "soil 2", 0, "")]}, "unverified: c was answered by"),
+        ({"given": [*GOOD.given, Given("c", "soil 2", 0, "", "x")]}, "unverified: c was remembered from x"),
     ],
 )  # fmt: skip
 def test_each_rule_sees_its_fault(broken: dict[str, object], says: str) -> None:

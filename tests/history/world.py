@@ -142,7 +142,8 @@ class World:
             self.silent.append(f"{source}: {answer.status_code} {answer.text[:200]}")
             return
         ours = answer.json()["x_milpa"]
-        self.given.append(Given(ours["id"], source, ours["release"], ours["model_digest"]))
+        remembered = ours["memory"]["answer"] if ours["memory"] else ""
+        self.given.append(Given(ours["id"], source, ours["release"], ours["model_digest"], remembered))
 
     def correct(self, number: int, verdict: str) -> None:
         """The operator's word on one of the answers given; on record once the node took it."""
