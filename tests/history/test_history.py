@@ -15,7 +15,8 @@ GOOD = History(
         Change("a", 1, "provisional", ""), Change("b", 2, "provisional", ""), Change("a", 3, "upgraded", "peer:base"),
         Change("b", 4, "corrected", "operator"),
     ],
-    stored={"a": "soil 1", "b": "soil 2", "c": "soil 2"}, verdicts={"a": "normal", "b": "leak"}, events=[("e1", "upgraded")], signed={"m1", "m2"},
+    stored={"a": "soil 1", "b": "soil 2", "c": "soil 2"}, verdicts={"a": "normal", "b": "leak"},
+    events=[("e1", "upgraded")], signed={"m1", "m2"},
 )  # fmt: skip
 
 
