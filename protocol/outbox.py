@@ -273,6 +273,11 @@ class Outbox:
         row = session.execute(sa.select(outbox.c.sent).where(outbox.c.id == id)).one_or_none()
         return row is None or row.sent > 0
 
+    def lost(self, session: Executes, id: str) -> bool:
+        """Whether a message neither waits here nor was parked: it was settled, or its time was over, by this clock, for a moment."""
+        waits, kept = (session.execute(sa.select(table.c.id).where(table.c.id == id)).first() for table in (outbox, parked))
+        return waits is None and kept is None
+
     def wake(self) -> None:
         """Tell the drain to look now; call it after a commit."""
         self.woken.set()

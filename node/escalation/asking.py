@@ -10,6 +10,7 @@ Rules:
  * A reply must come from a peer that was asked, over that peer's own topic, and name the digest of this very prompt. Its model must be one
    that the peer, or the peer it names as speaker, has announced; a reply whose birth is not here yet waits BIRTH_S for it. One of a model
    nobody announced is refused and kept, and the next peer is asked.
+ * A question whose message expired while a clock was hours ahead is put into the outbox again, once the clock is right.
  * Decided when enough have answered, when those still out can change nothing, `patience` after the first answer, or when time runs out.
  * Every reply is stored before it is acted on and acting twice is harmless, so a kill between any two steps loses nothing.
  * When time runs out, whoever has replied decides; nobody: the local answer stands (`Answering.expire` says so to the site).
@@ -48,6 +49,7 @@ BIRTH_S = 30.0  # seconds a reply waits for the word in which its peer announces
 LOOK_S = 600.0  # seconds between two looks at a question of which nothing is expected
 LOOKS = 200  # questions looked at in one sweep
 GROUP_TRIES = 3  # times a group is asked, each time by whichever member the broker picks
+LOST_TRIES = 3  # times a question is put into the outbox that did not keep it
 SPEAKERS_LIMIT = 64  # nodes beyond the configured peers whose word is listened to, because a relayed reply named them
 
 BUSY = "busy"  # Reply.refused of a peer whose queue is full
@@ -385,6 +387,8 @@ class Asker:
             if now < row.again <= now + 2 * choosing.RETRY_CAP_S:  # later than that: the clock was set back
                 return _Slot("out", row.peer, row.again)
             return self._again(connection, question, message, row)
+        if row.tries < LOST_TRIES and self.outbox.lost(connection, _row_id(row.question, row.peer)):
+            return self._again(connection, question, message, row)  # a clock that was hours ahead made it expire; by this one it has time
         if not self.outbox.taken(connection, _row_id(row.question, row.peer)):  # silence counts from when the broker has it
             connection.execute(_update(row.question, row.peer).values(at=now))
             return _Slot("expected", row.peer, now + self.patience)

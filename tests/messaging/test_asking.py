@@ -213,6 +213,37 @@ def test_silence_counts_only_from_when_the_broker_has_the_question(site):
     assert site.asked == [to("base")]
 
 
+@pytest.mark.rule("ask-12")
+def test_a_question_that_expired_under_a_clock_that_was_ahead_is_put_again_when_the_clock_is_right(site):
+    site.ask()
+    site.sent()
+    site.clock.now += 7200
+    site.outbox.sweep()  # the other sweep, which would end the question, does not get to it before the power is cut
+    assert site.asked == []
+    site.clock.now -= 7200
+
+    site.after(PATIENCE_S + 1)
+    assert site.asked == [to("base")]
+    site.hears("base")
+    assert [reply.peer for reply in site.applied] == ["base"] and site.asked == []
+
+
+@pytest.mark.rule("ask-12")
+def test_a_message_that_never_stays_in_the_outbox_is_not_put_there_for_ever(database):
+    site = Site(database, peers=("base",))
+    site.ask()
+
+    seen = []
+    for _ in range(3):
+        found = site.outbox.waiting()
+        with site.engine.begin() as connection:
+            site.outbox.settle(connection, *(row.id for row in found))
+        site.after(PATIENCE_S + 1)
+        seen.append(site.asked)
+
+    assert seen == [[to("base")], [to("base")], []]
+
+
 @pytest.mark.rule("ask-5")
 def test_a_busy_peer_is_asked_again_when_it_said_and_another_meanwhile(site):
     site.ask()
