@@ -4,7 +4,8 @@ Every row is measured by bench/TABLE_KEY.py (see `bench.settings`) in a process 
 Rules:
  * A measured key is kept in WORK/KEY.json and taken from there by the next run; `--only KEY` measures again what was finished (its folder
    is put aside as WORK/KEY.before) and goes on with what was not.
- * bench/results/TABLE.json holds one entry a figure, each with the machine, commit, day and command of its own measurement.
+ * bench/results/TABLE.json holds one entry a figure, each with the machine, commit, day and command of its own measurement; TABLE.md beside
+   it is the same to read.
  * `--quick` runs tiny models in seconds, to see that it runs, and writes nothing to bench/results.
 """
 
@@ -61,7 +62,7 @@ class Table(msgspec.Struct, frozen=True):
             failed = [key for key in keys if not self.measured(key, settings, again=bool(said.only))]
         except MilpaError as error:
             sys.exit(f"bench.{self.name}: {error}")
-        print_table(self.table(settings))
+        print_table(self.table(self.figures(settings)))
         if failed:
             sys.exit(f"bench.{self.name}: {', '.join(failed)} failed; what was done is kept in {settings.work}, the same command goes on")
 
@@ -161,19 +162,37 @@ class Table(msgspec.Struct, frozen=True):
         figures = {name: kept[name] for name in order if name in kept}
         found = {"figures": figures, "command": f"make bench-{self.name} DATA=FOLDER"}
         write_atomically(file, msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+        write_atomically(file.with_suffix(".md"), self.page(figures).encode())
 
-    def table(self, settings: Settings) -> list[Sequence[str]]:
+    def figures(self, settings: Settings) -> dict[str, Any]:
+        """What is measured: the results that are kept in the tree, or those of a quick run."""
+        if not settings.quick:
+            file = RESULTS / f"{self.name}.json"
+            return dict(msgspec.json.decode(file.read_bytes())["figures"]) if file.is_file() else {}
+        files = [settings.work / f"{key}.json" for key in self.rows]
+        return {name: entry for file in files if file.is_file() for name, entry in msgspec.json.decode(file.read_bytes()).items()}
+
+    def table(self, figures: Mapping[str, Any]) -> list[Sequence[str]]:
         """Every row of the promise, measured or not."""
         rows: list[Sequence[str]] = [("key", "figure", "goal", "met", "what")]
         for key, row in self.rows.items():
-            file = settings.work / f"{key}.json"
-            entries = msgspec.json.decode(file.read_bytes()) if file.is_file() else {}
             for name, what, target in zip(row.names(key), row.what, row.at_least, strict=True):
-                entry = entries.get(name)
+                entry = figures.get(name)
                 figure = "" if entry is None else "none" if entry["figure"] is None else f"{entry['figure']:.4g}"
-                met = "-" if entry is None else "yes" if entry["met"] else "no"
+                met = "-" if entry is None else "yes" if entry.get("met") else "no"
                 rows.append((name, figure, f"{'<=' if row.at_most else '>='} {target:g}", met, what))
         return rows
+
+    def page(self, figures: Mapping[str, Any]) -> str:
+        """The table as Markdown, each figure with its 95% interval, n, and the day and commit of its measurement."""
+        lines = [f"# What was promised and what was measured: `make bench-{self.name}`", ""]
+        lines += ["| key | what | figure | goal | met | interval | n | measured |", "|---|---|--:|--:|---|---|--:|---|"]
+        for name, figure, goal, met, what in self.table(figures)[1:]:
+            entry = figures.get(name, {})
+            interval = " to ".join(f"{edge:.4g}" for edge in entry["interval"]) if entry.get("interval") else ""
+            when = f"{entry['day']}, {entry['commit'][:7]}, {entry['threads']} thread(s)" if "commit" in entry else ""
+            lines.append(f"| `{name}` | {what} | {figure} | {goal} | {met} | {interval} | {entry.get('n', '')} | {when} |")
+        return "\n".join(lines) + f"\n\nMore of each, and what stood beside it: `{self.name}.json`. How it came about: `docs/log.md`.\n"
 
 
 def _put_aside(folder: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from bench import harness
 from bench.forge import TABLE as forge
+from bench.node import TABLE as node
 from bench.settings import Settings
 from protocol.errors import BadInput
 
@@ -61,6 +62,25 @@ def test_a_key_measured_before_is_not_measured_again_unless_it_is_named(tmp_path
         assert forge.measured("throughput", settings, again=again)
 
     assert len(calls) == 2
+
+
+def test_the_table_to_read_has_every_row_and_says_what_is_not_measured(tmp_path: Path) -> None:
+    entries = forge.judged("step", {"step": {"figure": 5.25, "interval": [5.0, 5.5], "n": 40}, "step_2": {"figure": 1.9}})
+
+    forge.merge(entries, tmp_path / "forge.json")
+
+    rows = [line.split(" | ") for line in (tmp_path / "forge.md").read_text().splitlines() if line.startswith("| `")]
+    assert [row[0].strip("| `") for row in rows] == [name for key, row in forge.rows.items() for name in row.names(key)]
+    told = {row[0].strip("| `"): row[2:7] for row in rows}
+    assert told["step"] == ["5.25", ">= 5", "yes", "5 to 5.5", "40"]
+    assert (told["step_2"][2], told["throughput"][:3]) == ("no", ["", ">= 0.85", "-"])
+
+
+@pytest.mark.parametrize("table", [forge, node], ids=lambda table: str(table.name))
+def test_the_tables_in_the_tree_say_what_the_results_say(table: harness.Table) -> None:
+    file = harness.RESULTS / f"{table.name}.json"
+
+    assert file.with_suffix(".md").read_text() == table.page(msgspec.json.decode(file.read_bytes())["figures"])
 
 
 @pytest.mark.torch
