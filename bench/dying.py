@@ -22,7 +22,8 @@ def send(folder: Path, port: int) -> None:
     from node.escalation.reporting import Reporter
     from node.store import Store
     from protocol import topics
-    from protocol.outbox import Drain, Outbox
+    from protocol.drain import Drain
+    from protocol.outbox import Outbox
 
     store = Store(folder / "node.db")
     taken.create(store.engine, checkfirst=True)

@@ -21,8 +21,9 @@ from deploy.broker import PACKET_LIMIT, Broker
 from node.store import open_database
 from protocol import outbox as rules
 from protocol import topics
+from protocol.drain import Drain
 from protocol.mqtt import Incoming, Session
-from protocol.outbox import Drain, Outbox
+from protocol.outbox import Outbox
 from protocol.ports import free_port
 
 TURNS = 20  # of each kind

@@ -23,10 +23,11 @@ from node.settings import NodeSettings
 from node.store import AnswerRow, Store
 from protocol import topics
 from protocol.codec import decode_message
+from protocol.drain import Drain
 from protocol.errors import MalformedMessage
 from protocol.messages import Question, ReleaseNotice, Reply, Status
 from protocol.mqtt import Incoming, Session
-from protocol.outbox import Drain, Executes, Outbox
+from protocol.outbox import Executes, Outbox
 
 WILL_DELAY_S = 10  # seconds the broker waits before it calls a node lost: a short gap is no death
 

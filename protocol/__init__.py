@@ -3,7 +3,8 @@
 errors     the error tree                      names      what may be called how
 messages   the words on the wire               codec      bytes <-> words, checked once
 topics     where each word travels             mqtt       one MQTT 5 session, with deadlines
-outbox     what must not be lost               settings   TOML + environment + flags, with origins
+outbox     what must not be lost               drain      handing it over
+settings   TOML + environment + flags, with origins
 tasks      record -> prompt -> answer          releases   what a release is
 adapters   LoRA header and flat layout         blobs      files by digest
 lines      words to and from a child process   ports      a free one for a server of ours

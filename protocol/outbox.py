@@ -1,7 +1,7 @@
 """What must still be said: a durable outbox in the caller's own database.
 
-A message enters the outbox in the same transaction as the fact it reports, so after any kill there are both or neither. A drain thread
-hands it to the broker and hands it over again until it is settled. The class of a message (`CLASSES`) decides the rest:
+A message enters the outbox in the same transaction as the fact it reports, so after any kill there are both or neither. `drain` hands it
+to the broker and hands it over again until it is settled. The class of a message (`CLASSES`) decides the rest:
 
 kind       settled by                               resent after                    leaves   dropped for space   waits at most
 reply      the broker's PUBACK                      -                               first    third               a day
@@ -10,9 +10,8 @@ event      the coordinator's Ack (`settle`)         60 s, doubling to an hour   
 bulk       its receiver's Ack (`settle`)            60 s, doubling to an hour       last     first               30 days
 
 A PUBACK is the broker's word that it has the message, not the receiver's: so we repeat, and receivers are idempotent by id.
-Oldest first inside a class; at most IN_FLIGHT at once; a message past `expires` leaves unsent.
+Oldest first inside a class; a message past `expires` leaves unsent.
 Size: `put` refuses what no packet can carry, by our own limit and by the broker's once a CONNACK has told it (`connected`).
-Bytes: what the link does not carry, or what today's bytes do not reach for, waits here (`links`, `meter`); the order stays.
 Poison: when a connection ends, what was in flight is suspect and travels alone from then on; STRIKES ended connections and the message is
 set aside, and the next one leaves; but not two in a row without a success between them, for then it is the broker that is sick. What is
 set aside is tried again every hour, alone, for it may be innocent: on a bad link connections end by themselves. After CHANCES more ends it
@@ -24,35 +23,25 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection
-from concurrent.futures import Future
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
-from protocol import links
 from protocol.codec import CONTENT_TYPE
-from protocol.errors import BadInput, ConnectionLost, TooLarge, Unavailable
-from protocol.links import LinkRules, Traffic, Verdict
+from protocol.errors import BadInput, TooLarge
 from protocol.names import known
 
 MESSAGE_LIMIT = 64 * 1024  # bytes of one payload, as in codec
 ROW_LIMIT = 20_000  # messages waiting; two weeks at one a minute
 SIZE_LIMIT = 32 * 1024 * 1024  # bytes of payload waiting
 PARKED_LIMIT = 500  # rows kept for the operator
-IN_FLIGHT = 10  # handed to the broker and not acknowledged; half of what a session allows, the rest is for status and replies
 STRIKES = 3  # ended connections until a message is set aside
 CHANCES = 8  # further ones until it is parked; a real poison costs a connection each
 RESEND_S, RESEND_CAP_S = 60.0, 3_600.0
-RETRY_S = 2.0  # seconds until a message is tried again that the broker could not take
-REFUSED_S = 300.0  # seconds until one that it did not want to take
-BEYOND_S = 3_600.0  # seconds until one that is larger than all of a day's bytes; the operator may allow more meanwhile
 TLS_BYTES = 22  # of one record
 ACKNOWLEDGED_BYTES = 27 + 2 * 52  # what a PUBACK and both packets' headers cost on top of a message, TLS included
-SWEEP_S = 5.0  # seconds between two looks for what expired
-POLL_S = 1.0  # how long a put may wait for a drain that nobody woke
-PUBACK_DEADLINE_S = 30.0  # then the message is handed over again
 
 Kind = Literal["reply", "question", "event", "bulk"]
 
@@ -119,35 +108,6 @@ class Executes(Protocol):
 
     def execute(self, statement: Any, /) -> Any:
         """Run one statement."""
-
-
-class Link(Protocol):
-    """What the drain needs of `protocol.mqtt.Session`."""
-
-    @property
-    def connected(self) -> bool:
-        """Whether a message could leave now."""
-
-    def send(
-        self,
-        topic: str,
-        payload: bytes,
-        *,
-        response_topic: str | None = None,
-        correlation: bytes | None = None,
-        expiry: int | None = None,
-        timeout: float = 0.0,
-    ) -> "Future[None]":
-        """Hand over; the future ends with None at the PUBACK, or with an error."""
-
-
-class Spends(Protocol):
-    """What the drain needs of `protocol.meter.Meter`."""
-
-    rules: LinkRules
-
-    def may_spend(self, cost: int, what: Traffic = "event") -> Verdict:
-        """Whether `cost` bytes may be spent today on `what`."""
 
 
 class Waiting(msgspec.Struct, frozen=True):
@@ -426,131 +386,6 @@ class Outbox:
                 self._on_dropped(id, kind, reason)
             except Exception:
                 log.exception("outbox: the listener for dropped messages failed")
-
-
-class Drain:
-    """The thread that hands the outbox over. Owns nothing durable: killed anywhere, the next one starts where the table says.
-
-    Args:
-        meter: what the link may carry and spend; None: everything.
-    """
-
-    def __init__(
-        self, box: Outbox, link: Link, *, meter: Spends | None = None, in_flight: int = IN_FLIGHT, poll: float = POLL_S
-    ) -> None:  # fmt: skip
-        self.outbox, self.link, self.meter, self.in_flight, self.poll = box, link, meter, in_flight, poll
-        self.held = ""  # why the next message waits although the broker has us; for the operator
-        self._flying: dict[str, _Flight] = {}
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._next_sweep = 0.0
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
-        self._thread.start()
-
-    def stop(self, timeout: float = 5.0) -> None:
-        """End the thread within `timeout` seconds. What is in flight stays in the table."""
-        self._stopping.set()
-        self.outbox.wake()
-        if self._thread is not None:
-            self._thread.join(timeout)
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def step(self) -> int:
-        """One round: book what ended, sweep, hand over what may leave. Returns how many are in flight."""
-        self._book_what_ended()
-        if time.monotonic() >= self._next_sweep:
-            self._next_sweep = time.monotonic() + SWEEP_S
-            self.outbox.sweep()
-        if self.link.connected and not any(flight.suspect for flight in self._flying.values()):
-            self._hand_over()
-        return len(self._flying)
-
-    def _run(self) -> None:
-        while not self._stopping.is_set():
-            self.outbox.woken.clear()
-            try:
-                self.step()
-            except Exception:  # a locked or full disk: the rows are safe, the next round tries again
-                log.exception("outbox: a round failed")
-                self._stopping.wait(self.poll)
-            self.outbox.woken.wait(self.poll)
-
-    def _book_what_ended(self) -> None:
-        """All that the broker acknowledged in one transaction, which on an SD card is one wait; the others one by one."""
-        ended = [(id, self._flying.pop(id)) for id, flight in list(self._flying.items()) if flight.ended]
-        taken = [id for id, flight in ended if flight.future.done() and flight.future.exception() is None]
-        if taken:
-            self.outbox.handed_over(*taken)
-        for id, flight in ended:
-            if id not in taken:
-                self._book(id, flight.future.exception() if flight.future.done() else Unavailable("no PUBACK in time"))
-
-    def _book(self, id: str, error: BaseException | None) -> None:
-        match error:
-            case TooLarge():
-                self.outbox.park(id, str(error))
-            case ConnectionLost():
-                self.outbox.strike(id, why=str(error))
-            case BadInput():  # an operator can repair the broker's access list, so the message waits
-                log.error("outbox: %s waits: %s", id, error)
-                self.outbox.postpone(id, REFUSED_S)
-            case _:
-                self.outbox.postpone(id, RETRY_S)
-
-    def _hand_over(self) -> None:
-        kinds = [kind for kind in CLASSES if self.meter is None or kind in self.meter.rules.travels]
-        self.held = ""
-        for row in self.outbox.due(self.in_flight - len(self._flying), without=frozenset(self._flying), kinds=kinds):
-            if not self._affordable(row):
-                return  # nothing overtakes it
-            expiry = None if row.expires == 0 else max(1, int(row.expires - self.outbox.clock()))
-            try:
-                future = self.link.send(
-                    row.topic,
-                    row.payload,
-                    response_topic=row.response_topic or None,
-                    correlation=row.correlation or None,
-                    expiry=expiry,
-                    timeout=1.0,
-                )
-            except TooLarge as error:
-                self.outbox.park(row.id, str(error))
-                continue
-            except Unavailable:
-                return  # no room in the session: the next round
-            self._flying[row.id] = _Flight(future, time.monotonic() + PUBACK_DEADLINE_S, row.strikes > 0, row.cost)
-            future.add_done_callback(lambda _: self.outbox.wake())
-
-    def _affordable(self, row: Waiting) -> bool:
-        """Whether today's bytes reach for the message, and for what is in flight and not counted yet."""
-        if self.meter is None:
-            return True
-        under_way = sum(flight.cost for flight in self._flying.values())
-        verdict = self.meter.may_spend(under_way + row.cost, row.kind)
-        if not verdict.ok:
-            self.held = verdict.reason
-            if not links.may_spend(self.meter.rules, 0, row.cost, row.kind).ok:  # on no day: it must not hold up the others
-                log.warning("outbox: %s %s needs more than all of a day's bytes: %s", row.kind, row.id, verdict.reason)
-                self.outbox.postpone(row.id, BEYOND_S)
-        return verdict.ok
-
-
-class _Flight(NamedTuple):
-    future: "Future[None]"
-    deadline: float  # monotonic seconds
-    suspect: bool  # nothing else is handed over meanwhile
-    cost: int  # bytes on the wire, about
-
-    @property
-    def ended(self) -> bool:
-        return self.future.done() or time.monotonic() > self.deadline
 
 
 def packet_size(topic: str, payload: bytes, *, response_topic: str = "", correlation: bytes = b"") -> int:

@@ -23,9 +23,10 @@ from node.escalation.presence import Presence
 from node.escalation.reporting import Reporter
 from node.store import open_database
 from protocol import topics
+from protocol.drain import Drain
 from protocol.messages import Question, Status
 from protocol.mqtt import Session
-from protocol.outbox import Drain, Outbox
+from protocol.outbox import Outbox
 
 STEPS_LIMIT = 400
 DEADLINE_S = 30.0

@@ -4,8 +4,9 @@ import pytest
 
 from deploy.broker import PACKET_LIMIT
 from protocol import topics
+from protocol.drain import Drain
 from protocol.mqtt import Session
-from protocol.outbox import STRIKES, Drain, Outbox
+from protocol.outbox import STRIKES, Outbox
 from tests.faults import FaultProxy, Flap
 from tests.messaging.conftest import PASSWORDS
 

@@ -15,7 +15,8 @@ from coordinator.fleet.tables import events
 from node.escalation.serving import Server, Spoke
 from node.store import open_database
 from protocol import topics
-from protocol.outbox import Drain, Outbox
+from protocol.drain import Drain
+from protocol.outbox import Outbox
 from tests.messaging.conftest import PASSWORDS
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from sqlalchemy.orm import Session as Transaction
 
 from protocol import links
+from protocol.drain import BEYOND_S, IN_FLIGHT, Drain
 from protocol.errors import BadInput, ConnectionLost, TooLarge, Unavailable
-from protocol.outbox import BEYOND_S, CHANCES, CLASSES, IN_FLIGHT, MESSAGE_LIMIT, PARKED_LIMIT, RESEND_CAP_S, STRIKES, Drain, Outbox
+from protocol.outbox import CHANCES, CLASSES, MESSAGE_LIMIT, PARKED_LIMIT, RESEND_CAP_S, STRIKES, Outbox
 
 
 class Clock:
