@@ -1,7 +1,7 @@
 """Handing an outbox over to the broker, in a thread of its own.
 
 At most IN_FLIGHT messages are out at once, in the outbox's order; a suspect one travels alone. What the link does not carry, or what
-today's bytes do not reach for, waits (`links`, `meter`), and nothing overtakes it. Killed anywhere, the next drain starts where the table says.
+today's bytes do not reach for, waits (`links`, `meter`); nothing overtakes it. Killed anywhere, the next drain starts where the table says.
 """
 
 import logging
