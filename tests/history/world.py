@@ -132,6 +132,7 @@ class World:
 
     def ask(self, source: str) -> None:
         """One request; its answer is on record, or the silence."""
+        self._look_after_the_broker()
         self.log.append(f"ask {source}")
         try:
             answer = httpx.post(self._url() + "/v1/completions", json={"prompt": source, "x_milpa": {"lang": "es"}}, timeout=ANSWER_S)
@@ -196,6 +197,13 @@ class World:
         self.broker.kill()
         self.broker.start()
 
+    def _look_after_the_broker(self) -> None:
+        """What a service manager does: mosquitto 2.0.11 can end by itself (an assertion in will_delay.c) some time after a reload."""
+        assert self.broker.process is not None
+        if self.broker.process.poll() is not None:
+            self.log.append("the broker ended by itself, and is started again")
+            self.broker.start()
+
     def revoke_access(self, *, back: bool) -> None:
         """The broker does not know the node any more, or knows it again."""
         self.log.append("access back" if back else "access revoked")
@@ -255,6 +263,7 @@ class World:
         return {key: told.get(key) for key in ("release", "states", "broker", "update")}
 
     def _settled(self) -> bool:
+        self._look_after_the_broker()
         told = self._status()
         return bool(
             told["release"] == len(self.published) and told["broker"]["connected"] and not told["broker"]["outbox"]
