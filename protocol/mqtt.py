@@ -150,11 +150,12 @@ class Session:
         self._rng = rng or random.Random()
         self._handlers: list[tuple[str, Handler]] = []
         self._listeners: list[Callable[[bool], None]] = []
-        self._subscribed: set[str] = set()  # filters the broker granted to this process' session
+        self._granted: dict[str, bool] = {}  # what the broker said to each filter of this process' session, where it has
         self._asked: dict[int, str] = {}  # packet id of a SUBSCRIBE -> filter
         self._waiting: dict[int, tuple[Future[None], float]] = {}  # packet id of a PUBLISH -> its end; when it left, monotonic seconds
-        self._early: dict[int, ReasonCode] = {}  # PUBACKs that overtook the bookkeeping
+        self._early: dict[int, ReasonCode] = {}  # PUBACKs and SUBACKs that overtook the bookkeeping
         self._lock = threading.Lock()  # guards the four above, the client and the listeners; never held while calling into paho
+        self._ready = threading.Condition(self._lock)  # connected, or a filter answered
         self._in_flight = threading.BoundedSemaphore(IN_FLIGHT_LIMIT)
         # a delivery may still wait here when the next connection repeats it, hence twice the limit
         self._inbox: queue.Queue[_Delivery | bool | None] = queue.Queue(maxsize=2 * RECEIVE_LIMIT + 16)
@@ -176,13 +177,14 @@ class Session:
         """Have `handler` called, in the dispatcher thread, for what matches. Best before `start`: queued messages come at once."""
         with self._lock:
             self._handlers.append((topic_filter, handler))
-        if self._up.is_set():
+            up = self._up.is_set()
+        if up:
             self._ask_for(topic_filter)
 
     def unsubscribe(self, topic_filter: str) -> None:
         """Ask for no more of what matches, for as long as this connection lasts; what is under way is still handled."""
         with self._lock:
-            self._subscribed.discard(topic_filter)
+            self._granted[topic_filter] = False
         client = self._client
         if client is not None and self._up.is_set():
             client.unsubscribe(topic_filter)
@@ -235,8 +237,14 @@ class Session:
         return any(thread is None or not thread.is_alive() for thread in threads)
 
     def wait_connected(self, timeout: float) -> bool:
-        """Wait until connected, at most `timeout` seconds."""
-        return self._up.wait(timeout)
+        """Wait until connected and every subscription made so far is granted or refused, at most `timeout` seconds.
+
+        What others publish from then on comes; before it, a broker that does not know us yet drops it.
+        """
+        with self._ready:
+            return self._ready.wait_for(
+                lambda: self._up.is_set() and all(topic_filter in self._granted for topic_filter, _ in self._handlers), timeout
+            )
 
     def publish(
         self,
@@ -471,11 +479,12 @@ class Session:
         self.maximum_packet = min(PACKET_LIMIT, getattr(properties, "MaximumPacketSize", PACKET_LIMIT))
         with self._lock:
             if not flags.session_present or self.connects == 0:  # an older process' filters may be others than ours
-                self._subscribed.clear()
-            missing = [topic_filter for topic_filter, _ in self._handlers if topic_filter not in self._subscribed]
-        self.connects += 1
-        self.problem = ""
-        self._up.set()
+                self._granted.clear()
+            missing = [topic_filter for topic_filter, _ in self._handlers if not self._granted.get(topic_filter)]
+            self.connects += 1
+            self.problem = ""
+            self._up.set()
+            self._ready.notify_all()
         for topic_filter in missing:
             self._ask_for(topic_filter)
         try:
@@ -500,11 +509,11 @@ class Session:
 
     def _subacked(self, client: Client, userdata: object, packet: int, reasons: list[ReasonCode], properties: Properties | None) -> None:
         with self._lock:
-            topic_filter = self._asked.pop(packet, "")
-            if topic_filter and not reasons[0].is_failure:
-                self._subscribed.add(topic_filter)
-        if topic_filter and reasons[0].is_failure:
-            log.error("%s: the broker refuses the subscription %s: %s", self.client_id, topic_filter, reasons[0])
+            topic_filter = self._asked.pop(packet, None)
+            if topic_filter is None:
+                self._early[packet] = reasons[0]
+        if topic_filter is not None:
+            self._answered(topic_filter, reasons[0])
 
     def _delivered(self, client: Client, userdata: object, message: MQTTMessage) -> None:
         properties = message.properties
@@ -530,7 +539,18 @@ class Session:
         _, packet = client.subscribe(topic_filter, qos=1)
         if packet is not None:
             with self._lock:
-                self._asked[packet] = topic_filter
+                reason = self._early.pop(packet, None)
+                if reason is None:
+                    self._asked[packet] = topic_filter
+            if reason is not None:
+                self._answered(topic_filter, reason)
+
+    def _answered(self, topic_filter: str, reason: ReasonCode) -> None:
+        with self._ready:
+            self._granted[topic_filter] = not reason.is_failure
+            self._ready.notify_all()
+        if reason.is_failure:
+            log.error("%s: the broker refuses the subscription %s: %s", self.client_id, topic_filter, reason)
 
     def _end_handing(self, handed: "Future[None]", reason: ReasonCode) -> None:
         if not reason.is_failure:

@@ -61,7 +61,12 @@ def join(broker: Broker) -> Iterator[Callable[..., Session]]:
         def make(user: str, *, start: bool = True, password: str | None = None, **options: Any) -> Session:
             options = {"backoff_base": 0.05, "backoff_cap": 0.2, "rng": random.Random(1), **options}
             session = Session(
-                options.pop("client_id", user), broker.host, broker.port, username=user, password=password or PASSWORDS[user], **options
+                options.pop("client_id", user),
+                broker.host,
+                options.pop("port", broker.port),
+                username=user,
+                password=password or PASSWORDS[user],
+                **options,
             )
             stack.callback(session.stop)
             if start:

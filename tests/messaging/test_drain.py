@@ -52,7 +52,7 @@ def test_a_link_that_flaps_all_the_time_loses_no_message_and_parks_none(broker, 
     coordinator = join("coordinator", start=False)
     coordinator.subscribe(topics.ALL_EVENTS, lambda message: got.append(message.payload))
     coordinator.start()
-    eventually(lambda: topics.ALL_EVENTS in coordinator._subscribed)
+    assert coordinator.wait_connected(10), coordinator.problem
     box = Outbox(database, aside=0.3)
     wanted = {b"%d" % number for number in range(60)}
     with database.begin() as connection:
@@ -92,7 +92,7 @@ def test_messages_put_while_the_broker_is_down_leave_in_order_when_it_is_back(br
     coordinator = join("coordinator", start=False)
     coordinator.subscribe(topics.ALL_EVENTS, lambda message: got.append(message.payload))
     coordinator.start()
-    eventually(lambda: topics.ALL_EVENTS in coordinator._subscribed)
+    assert coordinator.wait_connected(10), coordinator.problem
     esteli = join("esteli")
     box = Outbox(database)
     drain = Drain(box, esteli, poll=0.05)
