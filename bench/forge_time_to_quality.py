@@ -43,10 +43,8 @@ TRAIN, DEV = 12_000, 200  # records to learn from; records judged on
 TEACHER_S = 600.0  # of correction
 CAPTURED = 200  # sources the teacher answers for ours; it learns the others from their own targets
 STEPS, RATE, ALPHA = 200, 5e-4, 0.1  # ours
-SETTINGS: dict[Setting, float] = {
-    "tuned": 1.0,
-    "default": 1 / 3,
-}  # and their share of the limit; the likely faster first: it bounds the others
+# And their share of the limit; the likely faster first: it bounds the others.
+SETTINGS: dict[Setting, float] = {"tuned": 1.0, "default": 1 / 3}
 CALIBRATED_ON = 128  # examples that the student is cut out by
 JUDGED_TOGETHER = 50  # prompts a batch
 
