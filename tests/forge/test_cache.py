@@ -208,6 +208,72 @@ def test_a_record_is_read_while_more_are_put(tmp_path: Path) -> None:
             np.testing.assert_array_equal(found.ids, targets(number).ids)
 
 
+PLACES = {"magic": 2, "key": 9, "tokens": 20, "k": 22, "size, upwards": 27, "size, downwards": 24, "checksum": 30, "payload": 900}
+
+
+def damaged(folder: Path, at: int, *, of: int = 10, flip: int = 0x40) -> Path:
+    """Ten records, one bit of them turned."""
+    written(folder, HEADER, *((example(number), targets(number)) for number in range(of)))
+    shard = folder / "shard-0-of-1-0000.bin"
+    data = bytearray(shard.read_bytes())
+    data[at] ^= flip
+    shard.write_bytes(data)
+    return shard
+
+
+@pytest.mark.parametrize("record", [0, 4, 8])
+@pytest.mark.parametrize("at", PLACES.values(), ids=list(PLACES))
+def test_a_damaged_byte_costs_its_own_record_and_no_other(tmp_path: Path, at: int, record: int) -> None:
+    shard = damaged(tmp_path, record * 3331 + at)
+    before = shard.read_bytes()
+    assert len(before) == 10 * 3331
+
+    with TargetCache(tmp_path, HEADER) as cache:
+        assert [number for number in range(10) if example(number) not in cache] == [record]
+        assert shard.read_bytes() == before
+
+        cache.put(example(record), targets(record))
+
+    with TargetCache.open(tmp_path) as mended:
+        for number in range(10):
+            found = mended.get(example(number))
+            assert isinstance(found, Targets)
+            np.testing.assert_array_equal(found.ids, targets(number).ids)
+        assert mended.size == 10 * 3331
+
+
+@pytest.mark.parametrize("name", ["key", "size, downwards", "checksum", "payload"])
+def test_a_last_record_that_is_whole_and_wrong_is_not_taken_for_a_torn_one(tmp_path: Path, name: str) -> None:
+    damaged(tmp_path, 9 * 3331 + PLACES[name])
+
+    with pytest.raises(WrongDigest, match=f"damaged at byte {9 * 3331}"):
+        TargetCache.open(tmp_path)
+    with TargetCache(tmp_path, HEADER) as cache:
+        cache.claim()
+        assert [number for number in range(10) if example(number) in cache] == list(range(9))
+    assert len(TargetCache.open(tmp_path)) == 9
+
+
+def test_a_damaged_cache_is_not_learned_from_and_the_message_says_what_mends_it(tmp_path: Path) -> None:
+    damaged(tmp_path, 900)
+
+    with pytest.raises(WrongDigest, match=r"0000\.bin is damaged at byte 0 \(3331 bytes of 33310 .* run the same capture into"):
+        TargetCache.open(tmp_path)
+
+
+def test_damage_and_a_torn_end_are_taken_out_together_and_a_reader_before_that_goes_on(tmp_path: Path) -> None:
+    shard = damaged(tmp_path, 900, of=3)
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+    with TargetCache(tmp_path, HEADER) as reader, TargetCache(tmp_path, HEADER) as writer:
+        assert reader.get(example(1)) is not None
+        writer.claim()
+
+        assert shard.stat().st_size == 3331
+        assert reader.get(example(1)) is not None
+        assert writer.get(example(1)) is not None
+
+
 def test_bytes_altered_later_are_noticed(tmp_path: Path) -> None:
     with TargetCache(tmp_path, HEADER) as cache:
         cache.put(example(1), targets(1))

@@ -4,9 +4,11 @@ One record an example, named by its token ids' digest; what it holds depends on 
 Rules:
  * Append only, in shards of at most SHARD_BYTES; each record carries a CRC. After kill -9 the record in flight is cut off, no other is
    lost, none is doubled.
+ * Damaged bytes cost the records that they are of and no other: the next sound one is found by its beginning. Who reads a damaged cache
+   with `open` is refused; the family's next writer takes the damage out, and what it held is to be put anew.
  * The header names teacher, tokeniser, temperature and mode; a cache of another teacher is refused, never mixed.
  * Any number of processes may write into one folder, each a shard family of its own (shard-WORKER-of-N-NUMBER.bin) under a lock; a reader
-   sees all families. Opening changes nothing: a torn end is cut off by the family's next writer, before its first record.
+   sees all families. Opening changes nothing: a torn end is cut off by the family's next writer.
  * At most 200 B a token in mode topk with k = 50, up to a vocabulary of 32,768, where targets have 8 tokens and more.
  * Reading is through mmap: memory holds the index only, about 150 B a record.
 """
@@ -18,7 +20,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -37,6 +39,7 @@ __all__ = ["KINDS", "CacheHeader", "Cached", "Samples", "States", "TargetCache",
 SHARD_BYTES = 64 << 20
 KINDS: dict[str, type[Targets] | type[Samples] | type[States]] = {"topk": Targets, "sampled": Samples, "hidden8": States}
 MAGIC = 0x32494C4D  # "MLI2"
+_MAGIC = struct.pack("<I", MAGIC)
 _HEAD = struct.Struct("<I16sHHI")  # magic, key, tokens, k, payload bytes
 _CRC = struct.Struct("<I")  # of head and payload
 _START = _HEAD.size + _CRC.size
@@ -45,8 +48,8 @@ _START = _HEAD.size + _CRC.size
 class CacheHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the numbers in the cache mean."""
 
-    teacher: str  # SHA-256 of the teacher's model file; in mode hidden8 its output matrix is needed to read the states
-    tokenizer: str  # SHA-256 of its vocabulary
+    teacher: str  # `Teacher.digest`, of a GGUF the file's SHA-256; in mode hidden8 its output matrix is needed to read the states
+    tokenizer: str  # SHA-256 of the vocabulary's pieces
     k: int  # topk: ids a token; sampled: draws a token; hidden8: 0
     vocabulary: int  # its size
     temperature: float = 1.0  # the distribution is softmax(logits / temperature)
@@ -58,7 +61,8 @@ class TargetCache:
     """A folder of shards: many readers, one writer a family."""
 
     def __init__(self, folder: Path, header: CacheHeader, *, worker: Worker | None = None) -> None:
-        """Open or create; `worker` says which shard family `put` writes to.
+        """Open or create; `worker` says which shard family `put` writes to. Damaged records are passed over: the writer's family loses them
+        when it is claimed. To learn from a cache, `open` it.
 
         Raises:
             WrongDigest: the folder holds the targets of another teacher, tokeniser, mode, k or temperature.
@@ -74,6 +78,7 @@ class TargetCache:
         if read_header(folder) != header:
             raise WrongDigest(f"{folder} holds the targets of another teacher or setting; use another folder or delete it")
         self._places: dict[bytes, tuple[Path, int]] = {}  # key -> shard, offset
+        self._damaged: dict[Path, list[_Stretch]] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._lock: BinaryIO | None = None
         self._file: BinaryIO | None = None  # the shard that `put` appends to
@@ -82,12 +87,20 @@ class TargetCache:
 
     @classmethod
     def open(cls, folder: Path) -> "TargetCache":
-        """Open a cache that is there, whatever its mode.
+        """Open a cache that is there, whatever its mode, to read it.
 
         Raises:
             BadInput: the folder holds no cache.
+            WrongDigest: some of it is damaged: what is lost would be learned without the teacher and nobody would know.
         """
-        return cls(folder, read_header(folder))
+        cache = cls(folder, read_header(folder))
+        for shard, damaged in cache._damaged.items():
+            lost = sum(one.end - one.start for one in damaged)
+            raise WrongDigest(
+                f"{shard} is damaged at byte {damaged[0].start} ({lost} bytes of {shard.stat().st_size} are no records): run the same capture "
+                f"into {folder} again, which makes anew what they held and keeps the rest; where there is none, delete the folder"
+            )
+        return cache
 
     def __len__(self) -> int:
         return len(self._places)
@@ -103,8 +116,7 @@ class TargetCache:
             NotEnough: the disk is full; nothing was put.
         """
         key = key_of(example)
-        if self._file is None:
-            self._claim()
+        self.claim()
         if key in self._places:
             return
         payload = self._packed(example, targets)
@@ -130,13 +142,38 @@ class TargetCache:
         shard, offset = place
         found = _record_at(self._map(shard, offset), offset)
         if found is None or found[0] != key:
-            raise WrongDigest(f"{shard} was altered at byte {offset}; delete the folder {self.folder} to capture again")
+            raise WrongDigest(f"{shard} was altered at byte {offset} while it was read; run the same capture again, it mends {self.folder}")
         _, n, payload = found
         if self.header.mode == "topk":
             return packing.unpack_targets(payload, n, self.header.k, self._bits)
         if self.header.mode == "sampled":
             return packing.unpack_samples(payload, n, self.header.k, self._bits)
         return packing.unpack_states(payload, n, self.header.width)
+
+    def claim(self) -> None:
+        """Become the family's writer, as the first `put` does: lock it, see what its last writer left, take out what is damaged or torn.
+
+        Raises:
+            BadInput: another process writes this family.
+        """
+        if self._file is not None:
+            return
+        family = self._family
+        lock = (self.folder / f"{family}.lock").open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise BadInput(f"another process is writing {family} of {self.folder}; wait for it or use another shard number") from error
+        self._lock = lock
+        shards = sorted(self.folder.glob(f"{family}-*.bin"))
+        for shard in shards:
+            whole = self._index(shard)
+            if shard in self._damaged:
+                self._take_out(shard)
+            elif whole < shard.stat().st_size:
+                os.truncate(shard, whole)
+        self._append_to(shards[-1] if shards else self.folder / f"{family}-{0:04d}.bin")
 
     def sync(self) -> None:
         """Force what was put to the disk."""
@@ -191,22 +228,15 @@ class TargetCache:
             raise BadInput(f"states of shape {targets.states.shape} do not fit {n} tokens of width {header.width}")
         return packing.pack_states(targets)
 
-    def _claim(self) -> None:
-        """Become the family's writer: lock it, see what its last writer left, cut a torn end off."""
-        family = self._family
-        lock = (self.folder / f"{family}.lock").open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise BadInput(f"another process is writing {family} of {self.folder}; wait for it or use another shard number") from error
-        self._lock = lock
-        shards = sorted(self.folder.glob(f"{family}-*.bin"))
-        for shard in shards:
-            whole = self._index(shard)
-            if whole < shard.stat().st_size:
-                os.truncate(shard, whole)
-        self._append_to(shards[-1] if shards else self.folder / f"{family}-{0:04d}.bin")
+    def _take_out(self, shard: Path) -> None:
+        """Write the shard anew from its sound records; who has it mapped keeps the old one."""
+        with shard.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            sound = [view[one.start : one.end] for one in _stretches(view) if one.key is not None]
+        write_atomically(shard, b"".join(sound))
+        self._places = {key: place for key, place in self._places.items() if place[0] != shard}
+        if (old := self._maps.pop(shard, None)) is not None:
+            old.close()
+        self._index(shard)
 
     def _append_to(self, shard: Path) -> None:
         if self._file is not None:
@@ -231,14 +261,18 @@ class TargetCache:
         return view
 
     def _index(self, shard: Path) -> int:
-        """Find the shard's records; returns where the last whole one ends."""
-        whole = 0
+        """Find the shard's records and its damage; returns where what is torn at its end begins."""
+        self._damaged.pop(shard, None)
         if not shard.stat().st_size:
-            return whole
+            return 0
+        whole = 0
         with shard.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            for key, offset, end in _records(view):
-                self._places.setdefault(key, (shard, offset))
-                whole = end
+            for one in _stretches(view):
+                if one.key is None:
+                    self._damaged.setdefault(shard, []).append(one)
+                else:
+                    self._places.setdefault(one.key, (shard, one.start))
+                whole = one.end
         return whole
 
 
@@ -290,10 +324,38 @@ def _record_at(view: mmap.mmap, offset: int) -> tuple[bytes, int, memoryview] | 
     return (key, n, payload) if zlib.crc32(payload, zlib.crc32(view[offset : offset + _HEAD.size])) == crc else None
 
 
-def _records(view: mmap.mmap) -> Iterator[tuple[bytes, int, int]]:
-    """Key, offset and end of each whole record, up to the first broken one."""
-    offset = 0
-    while found := _record_at(view, offset):
-        end = offset + _START + len(found[2])
-        yield found[0], offset, end
-        offset = end
+class _Stretch(NamedTuple):
+    """Bytes of a shard: a sound record, or what is damaged up to the next one."""
+
+    start: int
+    end: int
+    key: bytes | None  # None: damaged
+
+
+def _stretches(view: mmap.mmap) -> Iterator[_Stretch]:
+    """The shard from its beginning on, without the record that is torn at its end."""
+    start = 0
+    while start < len(view):
+        found = _record_at(view, start)
+        end = start + _START + len(found[2]) if found else _next_sound(view, start)
+        if found is None and end == len(view) and _torn(view, start):
+            return
+        yield _Stretch(start, end, found[0] if found else None)
+        start = end
+
+
+def _next_sound(view: mmap.mmap, start: int) -> int:
+    """Where the first sound record after the broken one at `start` begins; the end of the shard where there is none."""
+    at = view.find(_MAGIC, start + 1)
+    while at >= 0 and _record_at(view, at) is None:
+        at = view.find(_MAGIC, at + 1)
+    return at if at >= 0 else len(view)
+
+
+def _torn(view: mmap.mmap, start: int) -> bool:
+    """Whether the last record was not written to its end: its writer was killed, or is writing it now."""
+    left = len(view) - start
+    if left < _START:
+        return True
+    magic, *_, size = _HEAD.unpack_from(view, start)
+    return bool(magic == MAGIC and left < _START + size)
