@@ -1,8 +1,8 @@
 """`milpa-coordinator publish`: describe files as a release, sign it, put it where nodes look."""
 
-import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -16,6 +16,18 @@ if TYPE_CHECKING:
 
 KNOWN_LIMIT = 8  # answers in a manifest: enough to catch a broken model, few enough for a slow board
 CLEAR_MARGIN = 1.0  # nats between best and second token, everywhere: rounding on another processor moves it by hundredths
+GOES_WITHOUT = {  # option -> what nodes do not do with a release that lacks it, and what adds it
+    "calibration": "no calibration: nodes ask peers by raw probability, which nobody measured, and cannot correct it by what is confirmed; "
+    "add --calibration FILE.json, made by `milpa-coordinator calibrate`",
+    "initial-adapter": "no initial adapter: sites do not learn from this release, and no round can follow it; "
+    "add --initial-adapter FILE.gguf, which `milpa-coordinator distill` writes beside the student",
+    "rehearsal": "no rehearsal records: sites learn their own examples alone, and nothing there notices what they forget; "
+    "add --rehearsal FILE.jsonl with general records",
+    "known": "no known answers: a node's self-test sees that the model says something, not that it says what it said here; "
+    "add --known FILE.jsonl",
+    "min-memory-mb": "no memory figure: nodes with too little memory install it all the same; "
+    "add --evidence FILE.json of `milpa-coordinator evaluate`, or --min-memory-mb",
+}  # fmt: skip
 
 
 def publish(
@@ -27,7 +39,9 @@ def publish(
     rehearsal: Path | None = typer.Option(None, help="General records (JSON lines) that sites learn among their own, not to forget."),
     calibration: Path | None = typer.Option(None, help="Confidence calibration of the student (JSON)."),
     teacher: Path | None = typer.Option(None, help="The peers' GGUF."),
-    evidence: Path | None = typer.Option(None, help="Evidence bundle (JSON); its peak_rss_mb becomes the memory that a node must have."),
+    evidence: Path | None = typer.Option(
+        None, help="Evidence (JSON) of `evaluate --evidence`; the student's peak memory in it becomes what a node must have."
+    ),
     known: Path | None = typer.Option(None, help="Records (JSON lines); the student answers them, and each node must answer the same."),
     min_memory_mb: int = typer.Option(0, min=0, help="MiB of memory a node must have; 0: take it from the evidence."),
     note: str = typer.Option("", help="One line for the operator."),
@@ -37,16 +51,16 @@ def publish(
 ) -> None:
     """Sign a release and make it the latest.
 
-    Without --model, --init only makes the store.
+    Without --model, --init only makes the store. What a release goes without, and what nodes then do not do, is told on stderr.
 
     Examples:
 
         milpa-coordinator publish --store store --init
 
-        milpa-coordinator publish --store store --model student-q8.gguf --known dev.jsonl --evidence evidence.json
+        milpa-coordinator publish --store store --model student.gguf --initial-adapter initial-adapter.gguf --rehearsal general.jsonl --calibration calibration.json --evidence evidence.json --known dev.jsonl
 
         milpa-coordinator publish --store store --model student-q8.gguf --adapter round-3.gguf --note "round 3: +4.1 points at esteli"
-    """
+    """  # noqa: E501
     from coordinator.fleet.publishing import Publisher, build_release
     from coordinator.forge.pairs import read_records
     from protocol.digests import digest_file
@@ -70,6 +84,8 @@ def publish(
     )  # fmt: skip
     base = digest_file(model)
     number = before.number + 1 if before else 1
+    measured = _measured_memory(evidence)
+    memory = min_memory_mb or measured
     release, paths = build_release(
         number,
         task,
@@ -77,14 +93,25 @@ def publish(
         previous=before.number if before else 0,
         note=note,
         known_answers=_known_answers(model, adapter, known, found) if known else (),
-        min_memory_mb=min_memory_mb or _measured_memory(evidence),
+        min_memory_mb=memory,
     )
     publisher.publish(release, paths)
+    given = {
+        "calibration": calibration,
+        "initial-adapter": initial_adapter,
+        "rehearsal": rehearsal,
+        "known": known,
+        "min-memory-mb": memory,
+    }
+    missing = [option for option in GOES_WITHOUT if not given[option]]
     if as_json:
-        print_json({"number": number, "model_digest": base, "files": release.files, "known_answers": len(release.known_answers)})
+        answers = len(release.known_answers)
+        print_json({"number": number, "model_digest": base, "files": release.files, "known_answers": answers, "missing": missing})
     else:
         size = sum(file.size for file in release.files) / 1e6
         stderr.print(f"release {number} is published: {len(files)} files, {size:.1f} MB, {len(release.known_answers)} known answers")
+    for option in missing:
+        stderr.print(f"warning: {GOES_WITHOUT[option]}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _files(**given: Path | None) -> list[tuple["Role", "Kind", Path]]:
@@ -130,16 +157,24 @@ def _known_answers(model: Path, adapter: Path | None, records: Path, task: "Task
 
 
 def _measured_memory(evidence: Path | None) -> int:
-    """`peak_rss_mb` of the student in an evidence bundle, rounded up; 0 when it is not there."""
+    """The student's peak memory in MiB, rounded up: the most over an evidence's held-out sets, 0 where none was measured.
+
+    Raises:
+        BadInput: the file is not evidence.
+    """
     if evidence is None:
         return 0
+    import msgspec
+
+    from coordinator.forge.judging import schema
+    from coordinator.forge.judging.evidence import STUDENT
+
     try:
-        bundle: Any = json.loads(evidence.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{evidence} is not a JSON evidence bundle: {error}") from error
-    student = bundle.get("student", bundle) if isinstance(bundle, dict) else {}
-    peak = student.get("peak_rss_mb", 0) if isinstance(student, dict) else 0
-    return int(-(-float(peak) // 1)) if isinstance(peak, (int, float)) else 0
+        proof = schema.check(msgspec.json.decode(evidence.read_bytes(), type=dict))
+        figures = [each.models[STUDENT] for each in proof.sets.values() if STUDENT in each.models]
+        return math.ceil(max((msgspec.convert(one.get("peak_rss_mb", 0.0), float) for one in figures), default=0.0))
+    except (msgspec.DecodeError, BadInput) as error:
+        raise BadInput(f"{evidence}: give what `milpa-coordinator evaluate --evidence` wrote ({error})") from error
 
 
 def _print_store(publisher: "Publisher", *, as_json: bool) -> None:

@@ -4,9 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from coordinator.commands.publish import GOES_WITHOUT
 from coordinator.fleet.publishing import Publisher
+from coordinator.forge.judging import evidence
+from tests.evaluation.conftest import simulated
 from tests.update.conftest import make_file
 
 SCRIPT = (
@@ -20,16 +24,67 @@ def command(*words):
     return subprocess.run([sys.executable, "-c", SCRIPT, *map(str, words)], capture_output=True, text=True, timeout=60, env=environment)
 
 
-def test_one_command_makes_a_store_and_publishes_into_it(tmp_path):
-    model, evidence = make_file(tmp_path / "m.gguf", 10_000, 1), tmp_path / "evidence.json"
-    evidence.write_text('{"student": {"peak_rss_mb": 120.4}}')
+def evidence_file(path: Path, **peaks: float) -> Path:
+    """Evidence as `evaluate` writes it, of a student that took so many MiB on each held-out set, and of a teacher that took far more."""
+    teacher = msgspec.structs.replace(simulated(60, accuracy=0.9, seed=1), peak_rss_mb=900.0)
+    student = simulated(60, accuracy=0.8, seed=2)
+    sets = {name: {"teacher": teacher, "student": msgspec.structs.replace(student, peak_rss_mb=peak)} for name, peak in peaks.items()}
+    path.write_bytes(msgspec.json.encode(evidence.bundle(release=0, task="ranch", sets=sets, seed=1, command="x")))
+    return path
 
-    done = command("--store", tmp_path / "store", "--init", "--model", model, "--evidence", evidence, "--note", "first", "--json")
+
+def test_one_command_makes_a_store_and_publishes_into_it(tmp_path):
+    model, proof = make_file(tmp_path / "m.gguf", 10_000, 1), evidence_file(tmp_path / "evidence.json", own=120.4)
+
+    done = command("--store", tmp_path / "store", "--init", "--model", model, "--evidence", proof, "--note", "first", "--json")
 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["number"] == 1
     release = Publisher(tmp_path / "store" / "repository").latest()
-    assert (release.min_memory_mb, release.note, len(release.files)) == (121, "first", 2)
+    assert (release.note, len(release.files)) == ("first", 2)
+
+
+def test_a_node_must_have_the_memory_that_the_student_took_at_most_on_any_held_out_set(tmp_path):
+    model, proof = make_file(tmp_path / "m.gguf", 10_000, 1), evidence_file(tmp_path / "evidence.json", own=120.4, news=128.2, more=90.0)
+
+    done = command("--store", tmp_path / "store", "--init", "--model", model, "--evidence", proof, "--json")
+
+    assert Publisher(tmp_path / "store" / "repository").latest().min_memory_mb == 129
+    assert "min-memory-mb" not in json.loads(done.stdout)["missing"]
+
+
+def test_a_file_that_is_no_evidence_is_refused(tmp_path):
+    model, proof = make_file(tmp_path / "m.gguf", 10_000, 1), tmp_path / "evidence.json"
+    proof.write_text('{"student": {"peak_rss_mb": 120.4}}')
+
+    done = command("--store", tmp_path / "store", "--init", "--model", model, "--evidence", proof)
+
+    assert done.returncode == 2
+    assert "give what `milpa-coordinator evaluate --evidence` wrote" in done.stderr and "required field" in done.stderr
+    assert Publisher(tmp_path / "store" / "repository").latest() is None
+
+
+def test_what_a_release_goes_without_is_told_with_what_nodes_will_not_do_and_the_option_that_adds_it(tmp_path):
+    model = make_file(tmp_path / "m.gguf", 10_000, 1)
+
+    done = command("--store", tmp_path / "store", "--init", "--model", model, "--json")
+
+    warnings = done.stderr.strip().splitlines()
+    assert json.loads(done.stdout)["missing"] == ["calibration", "initial-adapter", "rehearsal", "known", "min-memory-mb"]
+    assert warnings == [f"warning: {told}" for told in GOES_WITHOUT.values()]
+    assert all(f"--{option}" in told for option, told in GOES_WITHOUT.items())
+
+
+def test_what_a_release_has_is_not_warned_of(tmp_path):
+    model, adapter, calibration = (make_file(tmp_path / f"{n}.gguf", 500 + n, n) for n in (1, 2, 3))
+
+    done = command(
+        "--store", tmp_path / "store", "--init", "--model", model, "--initial-adapter", adapter, "--calibration", calibration,
+        "--min-memory-mb", 100, "--json",
+    )  # fmt: skip
+
+    assert json.loads(done.stdout)["missing"] == ["rehearsal", "known"]
+    assert [line.split(":")[1].strip() for line in done.stderr.strip().splitlines()] == ["no rehearsal records", "no known answers"]
 
 
 def test_an_adapter_is_bound_to_the_model_beside_it(tmp_path):
