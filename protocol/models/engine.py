@@ -4,8 +4,8 @@ Rules:
  * `generate` is greedy, and the same prompt and form give the same bits: everything runs on the CPU, one sequence, and a prompt is always
    computed in the same batches. The part every prompt of a task begins with (`Form.opening`) is a batch of its own, so it makes no
    difference whether it is read again or still in the KV cache. Another adapter empties the cache.
- * With a form the answer begins with one of its codes and ":" (`spelling.py`), whole even where fewer tokens were asked for. What the model
-   thought of each token stays the free model's.
+ * With a form the answer begins with one of its codes and ":" (`spelling.py`), whole even where fewer tokens were asked for; a prompt that
+   leaves no room for the longest way to say one is refused. What the model thought of each token stays the free model's.
  * The text ends at an end token, or before its first line break.
  * Log-probabilities, margins and entropies come from the logits of the same forward pass; they cost no second one.
  * One lock: one prompt at a time. More speed is more threads, not more callers.
@@ -121,7 +121,7 @@ class Engine:
             alternatives: how many of the likeliest tokens to tell at each place.
 
         Raises:
-            BadInput: an empty prompt, one longer than the context, or text that is not Unicode.
+            BadInput: an empty prompt, one that leaves no room for an answer in the context, or text that is not Unicode.
             DoesNotFit: the model's figures are not finite (a damaged adapter, or an instruction set it was not made for), or it cannot
                 spell the form's codes.
             Unavailable: the engine is closed.
@@ -220,10 +220,12 @@ class Engine:
             raise BadInput(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         self._need_open()
         forget()
-        ids = self._tokenize(prompt)
-        if len(ids) >= self.context:
-            raise BadInput(f"the prompt has {len(ids)} tokens, the model reads at most {self.context - 1}; shorten the record")
-        return ids, min(max_new_tokens, self.context - len(ids)), self._spelling(form)
+        ids, spelling = self._tokenize(prompt), self._spelling(form)
+        most = self.context - (spelling.longest if spelling else 1)
+        if len(ids) > most:
+            room = f" and keeps {spelling.longest} for the verdict" if spelling else ""
+            raise BadInput(f"the prompt has {len(ids)} tokens, the model reads at most {max(0, most)}{room}; shorten the record")
+        return ids, min(max_new_tokens, self.context - len(ids)), spelling
 
     def _read(self, ids: list[int], form: Form | None) -> None:
         """Compute the prompt, its opening apart. The batches depend on the prompt and the form alone, never on what is still cached."""
@@ -371,7 +373,7 @@ class _Speech:
         """Say tokens until the answer ends; `logits` are those after the prompt."""
         stopped: Ending | None = None
         while stopped is None:
-            stopped = self._say(logits, limit, room=self._engine.context - prompt_tokens)
+            stopped = self._say(logits, limit)
             if stopped is None:
                 self._engine._decode(self._tokens[-1:])
                 logits = self._engine._logits()
@@ -382,8 +384,8 @@ class _Speech:
             alternatives=tuple(self._others),
         )  # fmt: skip
 
-    def _say(self, logits: Logits, limit: int, *, room: int) -> Ending | None:
-        """Choose the next token and tell it; why the answer ends with it, or None. A code is finished past the limit, given room."""
+    def _say(self, logits: Logits, limit: int) -> Ending | None:
+        """Choose the next token and tell it; why the answer ends with it, or None. A code is finished past the limit."""
         allowed = self._spelling.allowed(self._state) if self._spelling and self._state is not None else None
         token = self._choose(logits, allowed)
         self._tokens.append(token)
@@ -392,8 +394,7 @@ class _Speech:
         raw = b"" if ended else self._engine._piece(token)
         if self._spelling and self._state is not None:
             self._state = self._spelling.after(self._state, raw)
-        said = len(self._tokens)
-        last = said >= room or (said >= limit and self._state is None)
+        last = len(self._tokens) >= limit and self._state is None
         text, line_break, _rest = raw.partition(b"\n")
         stopped: Ending | None = "end" if ended else "line" if line_break else "length" if last else None
         self._pieces.append(self._text.decode(text, final=stopped is not None))  # an unfinished character becomes a sign of its own

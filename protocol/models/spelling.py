@@ -21,6 +21,8 @@ Tokens = NDArray[np.int32]
 class Spelling:
     """The codes of a task in the tokens of one model. A state is what has been said so far; `None`: the beginning is whole.
 
+    `longest` is how many tokens a beginning may take, cut as small as the vocabulary lets the model cut it.
+
     Raises:
         DoesNotFit: the vocabulary cannot spell one of the codes.
     """
@@ -30,14 +32,18 @@ class Spelling:
         self._beginnings = (*words, *(b" " + word for word in words))
         useful = self._useful(vocabulary)
         self._allowed: dict[bytes, Tokens] = {}
+        most: dict[bytes, int] = {}  # tokens that the rest of a beginning may take
         for state in sorted({word[:cut] for word in self._beginnings for cut in range(len(word))}, key=len, reverse=True):
             ends = tuple(word[len(state) :] for word in self._beginnings if word.startswith(state))
-            tokens = [token for token, piece in useful if piece.startswith(ends) or state + piece in self._allowed]  # longer ones are known
-            if tokens:
-                self._allowed[state] = np.array(tokens, dtype=np.int32)
+            # longer states are known by now
+            ways = [(token, piece) for token, piece in useful if piece.startswith(ends) or state + piece in self._allowed]
+            if ways:
+                self._allowed[state] = np.array([token for token, _ in ways], dtype=np.int32)
+                most[state] = 1 + max(most.get(state + piece, 0) for _, piece in ways)  # 0: the piece ends the beginning
         for word in words:
             if not (_spells(word, useful) or _spells(b" " + word, useful)):
                 raise DoesNotFit(f"the model's vocabulary cannot spell {word.decode()!r}; it was trimmed for another task")
+        self.longest = most[b""]
 
     def allowed(self, state: bytes) -> Tokens:
         """Ids that may follow `state`."""

@@ -10,6 +10,7 @@ from protocol.errors import BadInput, DoesNotFit
 from protocol.models import engine as module
 from protocol.models.engine import Engine
 from protocol.models.generation import Generation
+from protocol.models.logits import Logits, Tokens
 from protocol.tasks import RANCH, Form, translation
 from tests.node.conftest import write_adapter
 
@@ -118,6 +119,28 @@ def test_the_answer_and_the_prompt_share_the_context(tiny: Path) -> None:
         spoken = small.generate("el " * 50, max_new_tokens=100)
 
         assert spoken.prompt_tokens + len(spoken.tokens) <= 64
+
+
+def test_a_prompt_that_leaves_no_room_for_the_longest_verdict_is_refused_and_no_verdict_is_cut(tiny: Path) -> None:
+    """The model is made to spell every verdict letter by letter, as untidily as its vocabulary lets it."""
+    with Engine(tiny, context=64) as small, pytest.MonkeyPatch.context() as patch:
+
+        def untidily(logits: Logits, allowed: Tokens | None) -> int:
+            assert allowed is not None  # one token is asked for, so nothing is said after the colon
+            return min(map(int, allowed), key=lambda token: (len(small._sayable(token)), token))
+
+        patch.setattr(module, "greedy", untidily)
+        said: list[str] = []
+        for words in range(30, 64):
+            try:
+                spoken = small.generate("el " * words, max_new_tokens=1, form=RANCH.form)
+            except BadInput as error:
+                assert "and keeps" in str(error) and "for the verdict; shorten the record" in str(error)
+                continue
+            assert spoken.prompt_tokens + len(spoken.tokens) <= 64
+            said.append(RANCH.parse(spoken.text).verdict)
+
+    assert len(said) > 5 and set(said) <= set(RANCH.codes)
 
 
 # ---- forms

@@ -40,6 +40,12 @@ def test_a_vocabulary_that_cannot_spell_a_code_is_told() -> None:
         Spelling(("normal", "leak"), [b"normal", b":", b"l", b"e"])
 
 
+def test_the_longest_way_to_say_a_code_is_by_its_smallest_tokens() -> None:
+    assert Spelling(("leak", "normal"), LETTERS).longest == len(" normal:")
+    assert Spelling(("leak", "normal"), [*LETTERS[:1], b"leak", b"normal", b":", b"leak:"]).longest == 3
+    assert Spelling(("leak", "normal"), [b" leak: the", b" normal", b": all"]).longest == 2
+
+
 WORDS = sorted({code[start:end].encode() for code in RANCH_CODES for start, end in itertools.combinations(range(0, len(code) + 1, 3), 2)})
 VOCABULARY = [*LETTERS, *WORDS, b": the", b"\xc3"]
 RANCH_SPELLING = Spelling(RANCH_CODES, VOCABULARY)
@@ -48,11 +54,12 @@ RANCH_SPELLING = Spelling(RANCH_CODES, VOCABULARY)
 @given(st.data())
 def test_whatever_is_chosen_among_the_allowed_a_whole_code_comes_out(data: st.DataObject) -> None:
     state: bytes | None = b""
-    said = b""
+    said, tokens = b"", 0
     while state is not None:
         piece = VOCABULARY[data.draw(st.sampled_from(list(map(int, RANCH_SPELLING.allowed(state)))))]
         said += piece
-        state = RANCH_SPELLING.after(state, piece)
+        state, tokens = RANCH_SPELLING.after(state, piece), tokens + 1
 
+    assert tokens <= RANCH_SPELLING.longest
     code, colon, _ = said.decode().partition(":")
     assert colon and code.removeprefix(" ") in RANCH_CODES
