@@ -1,6 +1,7 @@
 """`milpa-coordinator distill`: records in, a corrected teacher and a small student out."""
 
 from pathlib import Path
+from typing import Literal
 
 import typer
 
@@ -16,16 +17,30 @@ def distill(
     source: str = typer.Option("English", help="With --pairs: language of the first column."),
     target: str = typer.Option("Spanish", help="With --pairs: language of the second column."),
     teacher: Path | None = typer.Option(None, help="A Gemma 3 GGUF to start from; by default the packaged 270M model."),
-    work: Path | None = typer.Option(None, help="Where stages are kept, found again and resumed; by default OUT/work."),
+    cache: Path | None = typer.Option(
+        None, help="What --teacher thinks, captured before by `milpa-coordinator capture`: the teacher is then taken as it is."
+    ),
+    work: Path | None = typer.Option(
+        None, help="Where stages are kept, found again, resumed and shared by several students; by default OUT/work."
+    ),
     budget: str = typer.Option("demo", help="'demo' (8 minutes), 'hour', or seconds of training in all."),
     student: str | None = typer.Option(
         None,
         help="'small', 'tiny', 'nano', or a shape: 12x512x1024x2 is blocks, width, feed-forward, heads. By default --blocks at full width.",
     ),
     blocks: int = typer.Option(8, min=1, help="Transformer blocks the student keeps, without --student."),
+    scratch: bool = typer.Option(False, "--scratch", help="Random weights in the shape of --student instead of a cut (bench.crossover)."),
+    pieces: int = typer.Option(
+        30_000, min=1000, help="Size of the vocabulary; more keeps rare words in fewer tokens and makes files larger."
+    ),
+    mode: Literal["topk", "sampled", "hidden8"] = typer.Option("topk", help="What is captured of the teacher: see `capture --help`."),
+    loss: str = typer.Option("kl", help="How the student follows it: kl, reverse_kl, skew_kl, jsd, total_variation."),
+    alpha: float = typer.Option(0.1, min=0.0, max=1.0, help="Weight of that loss; cross-entropy has the rest."),
+    own: float = typer.Option(3.0, min=0.0, help="Records with their own targets, for each captured one."),
     ternary: bool = typer.Option(False, "--ternary", help="Train weights of three values; needs --student. The file is TQ2_0."),
     kind: str | None = typer.Option(None, help="Type of the student's file; by default Q8_0, Q4_K_M with --student, TQ2_0 with --ternary."),
     on_policy: float = typer.Option(0.0, min=0.0, help="Seconds more, in which the student writes and the teacher scores."),
+    blockwise: bool = typer.Option(False, "--blockwise", help="With --on-policy: written in blocks, of which the teacher keeps a part."),
     polish: float = typer.Option(0.0, min=0.0, help="Seconds more of training by rewards (form, consistency, language, length)."),
     limit: int | None = typer.Option(None, min=1, help="Only the first so many records."),
     seed: int = typer.Option(0, help="Of everything random."),
@@ -47,6 +62,8 @@ def distill(
 
         milpa-coordinator distill --pairs train.tsv --student small --budget hour --out small --json
 
+        milpa-coordinator distill --teacher teacher.gguf --cache cache --pairs train.tsv --student tiny --budget 3600 --out tiny
+
         accelerate launch --multi_gpu --num_processes 2 -m coordinator.cli distill --pairs train.tsv --out model --accumulate 2
     """
     from coordinator.forge.pairs import read_either
@@ -54,22 +71,38 @@ def distill(
     from coordinator.forge.students.cut import preset
     from coordinator.forge.students.export import DEFAULT_KIND, KINDS
     from coordinator.forge.training import scale
+    from coordinator.forge.training.objective import DIVERGENCES
     from coordinator.forge.training.recipe import Recipe
+    from protocol.models.checkpoint import TERNARY_KINDS
     from protocol.names import known
 
     if student is not None:
         preset(student)
     if kind is not None:
         known(kind, KINDS, what="file type")
+        if (kind in TERNARY_KINDS) != ternary:
+            raise BadInput(f"--kind {kind} is {'' if kind in TERNARY_KINDS else 'not '}for weights of three values, which --ternary trains")
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out} is a file; name a folder")
     if ternary and student is None:
         raise BadInput("--ternary needs --student small, tiny or nano: rows of the teacher's width do not fit its blocks of 256 weights")
+    if scratch and student is None:
+        raise BadInput("--scratch needs --student: a preset, or a shape such as 12x512x1024x2")
+    if cache is not None and teacher is None:
+        raise BadInput("--cache needs --teacher: the file that it was captured from")
+    known(loss, DIVERGENCES, what="loss")
     plan = Plan(
         budget=Budget.named(budget),
         seed=seed,
         preset=student or "",
         blocks=blocks,
+        scratch=scratch,
+        pieces=pieces,
+        mode=mode,
+        loss=loss,
+        alpha=alpha,
+        own=own,
+        blockwise=blockwise,
         threads=threads,
         accumulate=accumulate,
         on_policy=Recipe(mode="full", learning_rate=1e-4, seconds=on_policy) if on_policy else None,
@@ -88,7 +121,7 @@ def distill(
             bar.update(lines[stage], completed=round(100 * share), description=f"{stage:<8} {words}")
 
         world = scale.world()
-        made = forge(wanted, found, work=work or out / "work", out=out, plan=plan, base=teacher, progress=told, world=world)
+        made = forge(wanted, found, work=work or out / "work", out=out, plan=plan, base=teacher, cache=cache, progress=told, world=world)
     world.close()
     if world.rank:
         return  # the first process speaks for all

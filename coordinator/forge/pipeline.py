@@ -10,30 +10,35 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
+from transformers import Gemma3ForCausalLM
 
 from coordinator.forge.pairs import translated
-from coordinator.forge.students.cut import cut_student, evenly, preset
+from coordinator.forge.sharing import Worker
+from coordinator.forge.students.cut import check_fits, cut_student, evenly, preset
 from coordinator.forge.students.export import DEFAULT_KIND, export, stored
 from coordinator.forge.students.importance import ENOUGH, importance
-from coordinator.forge.students.trim import FREQUENT, coverage, trim
+from coordinator.forge.students.scratch import from_scratch
+from coordinator.forge.students.trim import FREQUENT, PIECES, coverage, trim
 from coordinator.forge.synthesis.language import identify
 from coordinator.forge.targets.cache import TargetCache
-from coordinator.forge.targets.capture import capture, examples_of, header_of, read_log
+from coordinator.forge.targets.capture import capture, captured_in, examples_of, header_of, log_of
 from coordinator.forge.targets.score import score
 from coordinator.forge.teachers.packaged import packaged_licence, packaged_teacher
-from coordinator.forge.training.objective import distillation_loss, token_weights
-from coordinator.forge.training.on_policy import OnPolicyPlan, alone, taught_on_policy
+from coordinator.forge.training.objective import Objective, check_loss, distillation_loss, read_head, token_weights
+from coordinator.forge.training.on_policy import OnPolicyPlan, Writer, alone, taught_on_policy
+from coordinator.forge.training.on_policy import together as in_blocks
 from coordinator.forge.training.polish import PolishPlan, naturalness, polished
 from coordinator.forge.training.recipe import Recipe, trained, upper_half
 from coordinator.forge.training.rewards import ensemble
 from coordinator.forge.training.scale import OneProcess, Together, first
+from coordinator.forge.training.speculative import Block
 from protocol.blobs import write_atomically
 from protocol.digests import digest_file, digest_value
-from protocol.errors import BadInput, NotEnough
+from protocol.errors import BadInput, NotEnough, WrongDigest
 from protocol.models.checkpoint import Checkpoint
 from protocol.models.lora import initial_adapter, write_adapter_gguf
 from protocol.models.tokenizer import Example, Tokenizer, make_example
@@ -41,7 +46,7 @@ from protocol.models.torch_model import best_dtype, to_torch, use_threads
 from protocol.models.training import Step
 from protocol.tasks import Record, Task
 
-VERSION = 1  # raise it when a stage computes something else from the same inputs
+VERSION = 2  # raise it when a stage computes something else from the same inputs
 RANK = 8  # of a site's adapter; the merge of two has rank 16
 CALIBRATION = 256  # training records that decide what a preset's cut keeps
 PLAIN_KINDS = ("F16", "Q8_0")  # too fine for an importance matrix to matter
@@ -92,18 +97,23 @@ class Plan:
     seed: int = 0
     preset: str = ""  # "nano", "tiny", "small" (students.cut): cut in depth and width; "": `blocks` of the teacher's width
     blocks: int = 8  # the student's, without a preset
+    scratch: bool = False  # a preset's shapes with random weights instead of a cut
+    mode: Literal["topk", "sampled", "hidden8"] = "topk"  # what is captured of the teacher's distribution
+    loss: str = "kl"  # between the teacher's distribution and the student's (training.objective)
     alpha: float = 0.1  # weight of the teacher's distribution: what a teacher of minutes is sure of is often wrong (docs/log.md)
     verdict: float = 1.0  # weight of a verdict's tokens in the loss; 4 made no difference to accuracy (docs/log.md)
     own: float = 3.0  # for each captured record, so many records more with their own targets, which the capture had no time for
     kind: str = DEFAULT_KIND  # of the student's file
     teacher_kind: str = "Q8_0"
     frequent: int = FREQUENT
+    pieces: int = PIECES  # of the vocabulary, where general words fill it up
     general: tuple[str, ...] | None = None  # languages whose general words the vocabulary keeps; None: a translation's two, else none
     accumulate: int = 1  # batches a step, over all processes; a multiple of their number
     threads: int = 2  # more than the idle cores of the machine makes it slower, not faster
     correct: Recipe | None = None  # None: the upper half of the blocks whole, which learns faster than LoRA on all (docs/log.md)
     student: Recipe = field(default_factory=lambda: Recipe(mode="full", learning_rate=5e-4))
     on_policy: Recipe | None = None  # after distilling: the student writes, the teacher scores (training.on_policy)
+    blockwise: bool = False  # on policy in blocks, of which the teacher keeps what it might have said (training.speculative)
     polish: Recipe | None = None  # after that: by rewards (training.polish)
 
 
@@ -147,6 +157,7 @@ def forge(
     out: Path,
     plan: Plan,
     base: Path | None = None,
+    cache: Path | None = None,
     texts: Sequence[str] = (),
     progress: Progress | None = None,
     world: Together | None = None,
@@ -157,17 +168,24 @@ def forge(
         base: the general model, a Gemma 3 GGUF; by default the packaged one.
         work: stages are kept here and found again.
         out: gets teacher.gguf, student.gguf, student-f16.gguf and lineage.json, whole or not at all.
+        cache: what `base` thinks of its targets, captured before by any number of processes. `base` is then the teacher as it is: its
+            vocabulary and its weights stay, and nothing more is captured.
         texts: general text in the task's languages, for the vocabulary.
         world: the processes that share the training stages; the first one does the others. Alone by default.
 
     Raises:
-        NotEnough: fewer than 8 records with a target.
-        BadInput: no base model, or one we cannot train.
+        NotEnough: fewer than 8 records with a target, or a cache without any.
+        BadInput: no base model, one we cannot train or that is smaller than the student, or a plan that cannot be followed.
+        WrongDigest: the cache is of another teacher.
     """
     together = world or OneProcess()
     told = progress if progress and together.rank == 0 else (lambda stage, share, words: None)
     use_threads(plan.threads)
+    records = sorted(records, key=lambda record: digest_value(record.id))  # a file may be in an order that any first part would show
     learnable = [record for record in records if record.target]
+    check_loss(plan.loss, TargetCache.open(cache).header.mode if cache else plan.mode)
+    if plan.scratch and not plan.preset:
+        raise BadInput("a student from scratch needs a shape: name a preset, or blocks x width x feed-forward x heads")
     if together.size > 1 and (plan.on_policy or plan.polish):
         raise BadInput("on-policy distillation and polishing run in one process: distil with the launcher first, then add them without it")
     if len(learnable) < 8:
@@ -183,14 +201,24 @@ def forge(
     lineage["base_digest"] = digest_file(base)
     lineage["records_digest"] = digest_value(records)
 
+    if plan.preset and not plan.scratch:
+        check_fits(Checkpoint.read(base), preset(plan.preset))
     general, digest = base, lineage["base_digest"]
-    trimmed, lineage["trim"] = first(
-        together, lambda: _trim(task, records, work=work, base=general, base_digest=digest, texts=texts, plan=plan, told=told)
-    )
-    corrected, lineage["correct"] = _correct(task, learnable, work=work, trimmed=trimmed, plan=plan, told=told, world=together)
+    if cache:
+        corrected = general
+        captured, lineage["capture"] = _given(cache, general, told)
+    else:
+        trimmed, lineage["trim"] = first(
+            together, lambda: _trim(task, records, work=work, base=general, base_digest=digest, texts=texts, plan=plan, told=told)
+        )
+        corrected, lineage["correct"] = _correct(task, learnable, work=work, trimmed=trimmed, plan=plan, told=told, world=together)
+        captured, lineage["capture"] = first(
+            together, lambda: _capture(task, records, work=work, corrected=corrected, plan=plan, told=told)
+        )
     cut, lineage["cut"] = first(together, lambda: _cut(task, learnable, work=work, corrected=corrected, plan=plan, told=told))
-    captured, lineage["capture"] = first(together, lambda: _capture(task, records, work=work, corrected=corrected, plan=plan, told=told))
-    student, lineage["distil"] = _distil(task, learnable, work=work, cut=cut, captured=captured, plan=plan, told=told, world=together)
+    student, lineage["distil"] = _distil(
+        task, learnable, work=work, cut=cut, corrected=corrected, captured=captured, plan=plan, told=told, world=together
+    )
     if plan.on_policy:
         student, lineage["on_policy"] = _on_policy(
             task, learnable, work=work, student=student, corrected=corrected, captured=captured, plan=plan, told=told
@@ -210,11 +238,11 @@ def _trim(
     held = {record.id for record in records[:: max(2, len(records) // HELD_BACK)]} if len(records) > 4 * HELD_BACK else set()
     counted = [*texts, *_texts(task, [record for record in records if record.id not in held]), task.template, *task.codes]
     general = translated(task) if plan.general is None else plan.general
-    stage = Stage(work, "trim", [base_digest, digest_value(counted), plan.frequent, general])
+    stage = Stage(work, "trim", [base_digest, digest_value(counted), plan.frequent, general, plan.pieces])
     path = stage.folder / "trimmed.gguf"
     if stage.report is None:
         told("trim", 0.1, "counting pieces")
-        trim(base, counted, path, frequent=plan.frequent, general=general)
+        trim(base, counted, path, frequent=plan.frequent, general=general, pieces=plan.pieces)
         unseen = _texts(task, [record for record in records if record.id in held])
         found = coverage(base, path, unseen or counted[:HELD_BACK])
         stage.finish({**msgspec.to_builtins(found), "unseen": bool(unseen), "general": general, "file_digest": digest_file(path)})
@@ -254,14 +282,16 @@ def _cut(task: Task, records: Sequence[Record], *, work: Path, corrected: Path, 
     checkpoint = Checkpoint.read(corrected)
     if plan.preset:
         wanted, examples = preset(plan.preset), _calibration(task, records[:CALIBRATION], corrected)
-        stage = Stage(work, "cut", [checkpoint.digest, wanted, examples, plan.seed])
-    else:
+        stage = Stage(work, "cut", [checkpoint.digest, wanted, examples, plan.scratch, plan.seed])
+    else:  # by the loss it would be ten drops of six candidates, longer than the shortest budgets train
         keep = evenly(checkpoint.blocks, min(plan.blocks, checkpoint.blocks))
         stage = Stage(work, "cut", [checkpoint.digest, keep])
     path = stage.folder / "cut-f16.gguf"
     if stage.report is None:
         told("cut", 0.1, plan.preset or f"{plan.blocks} blocks")
-        if plan.preset:
+        if plan.scratch:
+            student, report = from_scratch(checkpoint, wanted, seed=plan.seed), {"preset": plan.preset, "scratch": True}
+        elif plan.preset:
             student, report = cut_student(checkpoint, wanted, examples, seed=plan.seed)
         else:
             student, report = checkpoint.keep_blocks(keep), {"kept": keep, "of": checkpoint.blocks}
@@ -275,22 +305,43 @@ def _calibration(task: Task, records: Sequence[Record], model: Path) -> list[Exa
         return [make_example(tokenizer, task, record) for record in records]
 
 
+class _Targets(NamedTuple):
+    """A cache of what the teacher thinks, and the logs of what was captured into it."""
+
+    folder: Path
+    digest: str  # of what went in
+
+
+def _given(cache: Path, teacher: Path, told: Progress) -> tuple[_Targets, dict[str, Any]]:
+    header, digest = TargetCache.open(cache).header, Checkpoint.read(teacher).digest
+    if header.teacher != digest:
+        raise WrongDigest(
+            f"{cache} is of the teacher {header.teacher[:12]}, and {teacher} is {digest[:12]}: name the file it was captured from"
+        )
+    found = captured_in(cache)
+    if not any(one.target for one in found):
+        raise NotEnough(f"{cache} holds no record with a target; fill it with `milpa-coordinator capture` first")
+    told("capture", 1.0, f"{len(found)} records were captured before")
+    targets = _Targets(cache, digest_value([header, found]))
+    return targets, {"given": True, "digest": targets.digest, "records": len(found), "mode": header.mode}
+
+
 def _capture(
     task: Task, records: Sequence[Record], *, work: Path, corrected: Path, plan: Plan, told: Progress
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[_Targets, dict[str, Any]]:
     checkpoint = Checkpoint.read(corrected)
-    header = header_of(checkpoint)
+    header = header_of(checkpoint, mode=plan.mode)
     stage = Stage(work, "capture", [header, task, digest_value(records), plan.budget.capture_s])
     if stage.report is None:
         cache = TargetCache(stage.folder, header)
         with Tokenizer(corrected) as tokenizer:
             _, result = capture(
-                to_torch(checkpoint, dtype=best_dtype()), tokenizer, task, records, cache=cache, log=stage.folder / "captured.jsonl",
+                to_torch(checkpoint, dtype=best_dtype()), tokenizer, task, records, cache=cache, log=log_of(stage.folder, Worker()),
                 seconds=plan.budget.capture_s, progress=lambda share, words: told("capture", share, words),
             )  # fmt: skip
         cache.close()
         stage.finish(msgspec.to_builtins(result))
-    return stage.folder, _told(told, stage)
+    return _Targets(stage.folder, stage.digest), _told(told, stage)
 
 
 class _Lesson(NamedTuple):
@@ -302,8 +353,8 @@ class _Lesson(NamedTuple):
     own: int
 
 
-def _lesson(task: Task, records: Sequence[Record], *, model: Path, captured: Path, plan: Plan) -> _Lesson:
-    log = read_log(captured / "captured.jsonl")
+def _lesson(task: Task, records: Sequence[Record], *, model: Path, captured: _Targets, plan: Plan) -> _Lesson:
+    log = captured_in(captured.folder)
     examples, asked = examples_of(log), {one.id for one in log}
     others = [record for record in records if record.id not in asked][: round(plan.own * len(log))]
     with Tokenizer(model) as tokenizer:
@@ -311,23 +362,32 @@ def _lesson(task: Task, records: Sequence[Record], *, model: Path, captured: Pat
         return _Lesson(examples, token_weights(tokenizer, task, examples, verdict=plan.verdict), len(log), len(others))
 
 
+def _loss(lesson: _Lesson, cache: TargetCache, teacher: Path, plan: Plan) -> Objective:
+    head = read_head(teacher, cache.header) if cache.header.mode == "hidden8" else None
+    return distillation_loss(lesson.examples, weights=lesson.weights, cache=cache, alpha=plan.alpha, name=plan.loss, head=head)
+
+
 def _distil(
-    task: Task, records: Sequence[Record], *, work: Path, cut: Path, captured: Path, plan: Plan, told: Progress, world: Together
-) -> tuple[Path, dict[str, Any]]:
-    recipe = _within(plan.student, plan.budget.student_s, plan.accumulate)
+    task: Task, records: Sequence[Record], *, work: Path, cut: Path, corrected: Path, captured: _Targets, plan: Plan, told: Progress,
+    world: Together,
+) -> tuple[Path, dict[str, Any]]:  # fmt: skip
+    recipe = _student(_within(plan.student, plan.budget.student_s, plan.accumulate), plan)
     checkpoint = Checkpoint.read(cut)
-    stage = Stage(work, "distil", [checkpoint.digest, captured.name, recipe, plan.alpha, plan.own, plan.verdict, plan.seed])
+    stage = Stage(work, "distil", [checkpoint.digest, captured.digest, recipe, plan.loss, plan.alpha, plan.own, plan.verdict, plan.seed])
     path = stage.folder / "student-f16.gguf"
     if stage.report is None:
         lesson = _lesson(task, records, model=cut, captured=captured, plan=plan)
-        cache = TargetCache.open(captured)
-        loss = distillation_loss(lesson.examples, weights=lesson.weights, cache=cache, alpha=plan.alpha)
+        cache = TargetCache.open(captured.folder)
+        loss = _loss(lesson, cache, corrected, plan)
         state = stage.folder / "train.state"
         model, result = trained(
             checkpoint, lesson.examples, recipe, seed=plan.seed, loss=loss, progress=_steps(told, "distil"), state=state, world=world
         )
         cache.close()
-        figures = {"recipe": recipe, "training": result, "alpha": plan.alpha, "captured": lesson.captured, "own": lesson.own}
+        figures = {
+            "recipe": recipe, "training": result, "loss": plan.loss, "alpha": plan.alpha, "captured": lesson.captured, "own": lesson.own,
+            "spoken_for": round(loss.coverage, 4),  # share of the target tokens, as often as they were learned, that the cache held
+        }  # fmt: skip
         if world.rank == 0:
             _finish_training(stage, model, path, state, figures)
         world.wait()
@@ -335,25 +395,31 @@ def _distil(
 
 
 def _on_policy(
-    task: Task, records: Sequence[Record], *, work: Path, student: Path, corrected: Path, captured: Path, plan: Plan, told: Progress
+    task: Task, records: Sequence[Record], *, work: Path, student: Path, corrected: Path, captured: _Targets, plan: Plan, told: Progress
 ) -> tuple[Path, dict[str, Any]]:
-    recipe, how = _as_the_student(plan.on_policy, plan), OnPolicyPlan()
+    assert plan.on_policy is not None
+    recipe, how = _student(plan.on_policy, plan), OnPolicyPlan()
     checkpoint, teacher = Checkpoint.read(student), Checkpoint.read(corrected)
-    stage = Stage(work, "on-policy", [checkpoint.digest, teacher.digest, captured.name, recipe, how, plan.alpha, plan.own, plan.seed])
+    inputs = [checkpoint.digest, teacher.digest, captured.digest, recipe, how, plan.blockwise, plan.loss, plan.alpha, plan.own, plan.seed]
+    stage = Stage(work, "on-policy", inputs)
     path = stage.folder / "student-f16.gguf"
     if stage.report is None:
         lesson = _lesson(task, records, model=student, captured=captured, plan=plan)
-        fixed = TargetCache.open(captured)
+        fixed = TargetCache.open(captured.folder)
         cache = TargetCache(stage.folder / "cache", header_of(teacher))
         knows, state = to_torch(teacher, dtype=best_dtype()), stage.folder / "train.state"
         with Tokenizer(student) as tokenizer:
             prompts, eos = [tokenizer.encode(task.prompt(record), bos=True) for record in records], tokenizer.eos
+        room, k = task.max_new_tokens + 1, cache.header.k
+
+        def writer(writes: Gemma3ForCausalLM) -> Writer:
+            if plan.blockwise:
+                return in_blocks(writes, teacher=knows, block=Block(), k=k, max_new_tokens=room, eos=eos)
+            return alone(writes, score=lambda written: score(knows, written, k=k), max_new_tokens=room, eos=eos)
+
         model, result, rounds = taught_on_policy(
             checkpoint, lesson.examples, prompts, recipe, plan=how, seed=plan.seed, origin=teacher.digest, cache=cache,
-            writer=lambda writes: alone(
-                writes, score=lambda written: score(knows, written, k=cache.header.k), max_new_tokens=task.max_new_tokens + 1, eos=eos
-            ),
-            loss=distillation_loss(lesson.examples, weights=lesson.weights, cache=fixed, alpha=plan.alpha),
+            writer=writer, loss=_loss(lesson, fixed, corrected, plan),
             log=stage.folder / "rounds.jsonl", progress=_steps(told, "on policy"), state=state,
         )  # fmt: skip
         fixed.close()
@@ -365,7 +431,8 @@ def _on_policy(
 def _polish(
     task: Task, records: Sequence[Record], *, work: Path, student: Path, corrected: Path, plan: Plan, told: Progress
 ) -> tuple[Path, dict[str, Any]]:
-    recipe, how = _as_the_student(plan.polish, plan), PolishPlan()
+    assert plan.polish is not None
+    recipe, how = _student(plan.polish, plan), PolishPlan()
     checkpoint, teacher = Checkpoint.read(student), Checkpoint.read(corrected)
     stage = Stage(work, "polish", [checkpoint.digest, teacher.digest, task, digest_value(records), recipe, how, plan.seed])
     path = stage.folder / "student-f16.gguf"
@@ -406,10 +473,9 @@ def _export(
     told("export", 1.0, "done")
 
 
-def _as_the_student(recipe: Recipe | None, plan: Plan) -> Recipe:
-    """A later stage's recipe: a ternary student stays one to the end."""
-    assert recipe is not None
-    return msgspec.structs.replace(recipe, ternary=plan.student.ternary)
+def _student(recipe: Recipe, plan: Plan) -> Recipe:
+    """The recipe of a stage that trains the student: a ternary one stays ternary to the end, one from scratch learns its embedding."""
+    return msgspec.structs.replace(recipe, ternary=plan.student.ternary, embedding=plan.scratch)
 
 
 def _within(recipe: Recipe, seconds: float, accumulate: int) -> Recipe:

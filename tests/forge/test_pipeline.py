@@ -143,6 +143,14 @@ def test_unfinished_stages_are_gone_on_with(base: Path, records: Callable[[int],
     assert second.lineage["export"]["files"] == first.lineage["export"]["files"]
 
 
+def test_the_order_of_the_records_is_nobodys_choice(base: Path, records: Callable[[int], list[Record]], tmp_path: Path) -> None:
+    """A file sorted by length would otherwise calibrate a cut, and fill a capture that ends early, with its short ones."""
+    first, _ = make(base, records(12), tmp_path / "a")
+    second, _ = make(base, records(12)[::-1], tmp_path / "b")
+
+    assert second.lineage["export"]["files"] == first.lineage["export"]["files"]
+
+
 def test_too_few_records_are_told_before_any_work(base: Path, records: Callable[[int], list[Record]], tmp_path: Path) -> None:
     with pytest.raises(NotEnough, match="3 records"):
         make(base, records(3), tmp_path)

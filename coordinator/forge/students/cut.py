@@ -62,15 +62,34 @@ def preset(name: str) -> Preset:
 
     Raises:
         UnknownName: there is none; the message lists them.
-        BadInput: a shape with rows that are no multiples of ROW.
+        BadInput: a shape with rows that are no multiples of ROW, or heads that do not divide the width.
     """
     if shape := _SHAPE.fullmatch(name):
         blocks, hidden, feed_forward, heads = map(int, shape.groups())
-        if hidden % ROW or feed_forward % ROW or not min(blocks, hidden, feed_forward, heads):
-            raise BadInput(f"student {name!r}: width and feed-forward must be multiples of {ROW}, and nothing 0, as in 12x512x1024x2")
+        if hidden % ROW or feed_forward % ROW or not min(blocks, hidden, feed_forward, heads) or hidden % heads:
+            raise BadInput(
+                f"student {name!r}: width and feed-forward must be multiples of {ROW}, heads must divide the width, and nothing is 0, "
+                "as in 12x512x1024x2"
+            )
         return Preset(name, blocks, hidden, feed_forward, heads)
     known(name, PRESETS, what="student preset")
     return PRESETS[name]
+
+
+def check_fits(teacher: Checkpoint, wanted: Preset) -> None:
+    """Check that `wanted` can be cut out of the teacher.
+
+    Raises:
+        BadInput: it is larger in any way.
+    """
+    has = {
+        "blocks": (teacher.blocks, wanted.blocks),
+        "channels": (teacher.hidden, wanted.hidden),
+        "neurons": (int(teacher.number("feed_forward_length")), wanted.feed_forward),
+        "heads": (int(teacher.number("attention.head_count")), wanted.heads),
+    }
+    if more := [f"{asked} {what} of {there}" for what, (there, asked) in has.items() if asked > there]:
+        raise BadInput(f"student {wanted.name!r} wants {', '.join(more)}: it cannot be larger than its teacher")
 
 
 def cut_student(

@@ -85,12 +85,7 @@ class Objective:
         """
         mode = self.cache.header.mode if self.cache is not None else ""
         for name in self.weights:
-            known(name, NAMES, what="loss")
-            served = {"cross_entropy": True, "kl": bool(mode), "relations": self.relations is not None}.get(
-                name, mode == "hidden8" or (mode == "topk" and name in DIVERGENCES)
-            )
-            if not served:
-                raise BadInput(f"loss {name!r} cannot be computed from {f'a cache of mode {mode}' if mode else 'no cache'}: {_wants(name)}")
+            check_loss(name, mode, live=self.relations is not None)
         if mode == "hidden8" and self.head is None and any(name in DIVERGENCES for name in self.weights):
             raise BadInput("a cache of mode hidden8 is read through the teacher's output matrix: pass head=read_head(TEACHER.gguf, header)")
         bound = {"skew_kl": partial(losses.skew_kl, skew=self.skew), "jsd": partial(losses.jsd, beta=self.beta)}
@@ -195,15 +190,36 @@ class Objective:
         return torch.stack(parts).sum()
 
 
+def check_loss(name: str, mode: str, *, live: bool = False) -> None:
+    """Check that a loss can be computed from a cache of `mode` ("": no cache), or of a live teacher.
+
+    Raises:
+        UnknownName: a loss of another name.
+        BadInput: it cannot; the message says from what it can.
+    """
+    known(name, NAMES, what="loss")
+    served = {"cross_entropy": True, "kl": bool(mode), "relations": live}.get(
+        name, mode == "hidden8" or (mode == "topk" and name in DIVERGENCES)
+    )
+    if not served:
+        raise BadInput(f"loss {name!r} cannot be computed from {f'a cache of mode {mode}' if mode else 'no cache'}: {_wants(name)}")
+
+
 def distillation_loss(
-    examples: Sequence[Example], *, weights: Sequence[torch.Tensor] | None = None, cache: TargetCache | None = None, alpha: float = 0.0
+    examples: Sequence[Example],
+    *,
+    weights: Sequence[torch.Tensor] | None = None,
+    cache: TargetCache | None = None,
+    alpha: float = 0.0,
+    name: str = "kl",
+    head: torch.Tensor | None = None,
 ) -> Objective:
-    """(1 - alpha) * cross-entropy + alpha * KL on positions the teacher spoke for; cross-entropy alone on the others.
+    """(1 - alpha) * cross-entropy + alpha * the loss called `name` on positions the teacher spoke for; cross-entropy alone on the others.
 
     A weighted mean over positions when `weights` has one number a target token of each example. Without a cache it is cross-entropy.
     """
-    mix = {"cross_entropy": 1.0 - alpha, "kl": alpha} if cache is not None else {"cross_entropy": 1.0}
-    return Objective(mix, examples, cache=cache, token_weights=weights)
+    mix = {"cross_entropy": 1.0 - alpha, name: alpha} if cache is not None else {"cross_entropy": 1.0}
+    return Objective(mix, examples, cache=cache, token_weights=weights, head=head)
 
 
 def read_head(teacher: Path, header: CacheHeader) -> torch.Tensor:
@@ -215,7 +231,7 @@ def read_head(teacher: Path, header: CacheHeader) -> torch.Tensor:
     checkpoint = Checkpoint.read(teacher)
     if checkpoint.digest != header.teacher:
         raise WrongDigest(f"{teacher} is not the teacher whose hidden states the cache holds ({header.teacher[:12]}); name that file")
-    return torch.from_numpy(checkpoint.array("token_embd.weight"))
+    return torch.tensor(checkpoint.array("token_embd.weight"))  # a copy: a float32 one is a view of the file
 
 
 def examples_in(input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None) -> list[Example]:

@@ -33,6 +33,7 @@ class Recipe(msgspec.Struct, frozen=True):
     rank: int = 16  # LoRA only; alpha is twice the rank
     first_block: int = 0  # blocks below it stay as they are: they run once an example, and never backwards
     ternary: bool = False  # train three-valued matrices (students.ternary); whole models only
+    embedding: bool = False  # train the embedding too, which a student from scratch needs; else it stays as stored
     batch_tokens: int = 512  # about 8 ranch records: many small steps beat few large ones in minutes of training
     accumulate: int = 1  # batches a step, over all processes of a world
     warm_up: float = 0.05
@@ -57,10 +58,11 @@ def trained(
     state: Path | None = None,
     world: Together | None = None,
 ) -> tuple[Checkpoint, TrainResult]:
-    """Train a copy of `checkpoint` on `examples`; returns it in F16 (which holds ternary weights exactly) with the embedding as stored.
+    """Train a copy of `checkpoint` on `examples`; returns it in F16, which holds ternary weights exactly. An embedding that is not
+    trained stays as stored.
 
     Raises:
-        BadInput: a ternary recipe that leaves blocks out, or rows that ternary blocks do not fit.
+        BadInput: a ternary recipe or one with the embedding that leaves blocks out, or rows that ternary blocks do not fit.
         NotEnough, Diverged: as `protocol.models.training.train`.
     """
     return trained_by(
@@ -85,8 +87,8 @@ def trained_by(
     world: Together | None = None,
 ) -> tuple[Checkpoint, TrainResult]:
     """As `trained`, on whatever `course` makes of the model in training: a feed that lets it write, for one."""
-    if recipe.ternary and (recipe.mode != "full" or recipe.first_block):
-        raise BadInput("ternary training is of whole models: mode 'full' and first_block 0")
+    if (recipe.ternary or recipe.embedding) and (recipe.mode != "full" or recipe.first_block):
+        raise BadInput("ternary training, and that of the embedding, is of whole models: mode 'full' and first_block 0")
     together = world or OneProcess()
     dtype = best_dtype() if together.device.type == "cpu" else torch.bfloat16
     model = to_torch(checkpoint, dtype=dtype)
@@ -125,10 +127,10 @@ def trained_by(
         return folded(checkpoint, unpack(detach(model, header), header), dict.fromkeys(factors, scale)), result
     if recipe.ternary:
         make_ternary(model)
-    result = run(body(model, first=recipe.first_block))
+    result = run(list(model.parameters()) if recipe.embedding else body(model, first=recipe.first_block))
     if recipe.ternary:
         settle(model)
-    return from_torch(model.float(), checkpoint), result
+    return from_torch(model.float(), checkpoint, embedding="F16" if recipe.embedding else None), result
 
 
 def folded(checkpoint: Checkpoint, factors: Factors, scales: Mapping[str, float], *, kind: str = "F16") -> Checkpoint:
