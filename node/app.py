@@ -44,7 +44,7 @@ from node.learn.learner import Learner
 from node.link import Link
 from node.memory.recall import Memory
 from node.messaging import Messaging
-from node.parts import Part
+from node.parts import Part, dead
 from node.settings import NodeSettings, secret
 from node.store import RefusedRow, Store, counts
 from node.update.looking import Releases
@@ -330,6 +330,11 @@ class Daemon:
         (self.settings.state_dir / "run.json").unlink(missing_ok=True)
         self._lock_file.close()
         log.info("stopped")
+
+    @property
+    def sweeping(self) -> bool:
+        """Whether the thread of deadlines, pruning and the parts' sweeps lives, or need not."""
+        return not dead(self._sweeper, self._stop)
 
     @property
     def ended(self) -> bool:

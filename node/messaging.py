@@ -72,6 +72,7 @@ class Messaging:
         self._presence = presence.Presence()
         self.asker: Asker | None = None  # None: nobody may be asked
         self._server: Server | None = None
+        self._running = False  # between `start` and `stop`
         self._gateway = self._for_radios() if settings.link.radio else None
         if not by_radio:
             self.session.subscribe(topics.ack(name), self._reporter.acknowledged)
@@ -135,6 +136,7 @@ class Messaging:
         self._voice.start()
         if self._server:
             self._server.start()
+        self._running = True
 
     def stop(self, *, sleeping_until: int = 0) -> None:
         """Say goodbye and end all threads.
@@ -142,6 +144,7 @@ class Messaging:
         Args:
             sleeping_until: seconds since 1970, when this node means to be back; 0: nobody knows.
         """
+        self._running = False
         for group in self._settings.peers.serve_groups:  # or the broker keeps its share of the group's questions for us
             self.session.unsubscribe(topics.shared_questions(group))
         if self._server:
@@ -168,6 +171,14 @@ class Messaging:
             self.asker.sweep()
         if self._server:
             self._server.sweep()
+
+    def trouble(self) -> str:
+        """Which of the threads is dead, or in the outbox's case stuck (`protocol.drain.STUCK_S`); being offline is no trouble."""
+        lives = {"session": not self.session.broken, "outbox": self._drain.alive, "presence": self._voice.alive}
+        if self._server:
+            lives["serving"] = self._server.alive
+        found = [what for what, well in lives.items() if not well]
+        return f"a thread is dead or stuck: {', '.join(found)}" if found and self._running else ""
 
     @property
     def connected(self) -> bool:

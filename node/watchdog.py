@@ -2,7 +2,8 @@
 
     engine     the thread lives, and something was answered since the last look, or a prompt of one token is
     database   a write transaction begins; now and then (WRITE_S) one is written and synced, if no answer was stored meanwhile
-    messaging  the session's threads live; being offline is not ill
+    messaging  the threads of the session, the outbox, presence and serving live, and the outbox's comes round; being offline is not ill
+    sweep      the daemon's own thread lives: deadlines, pruning, the parts' sweeps
     api        GET /healthz over the real socket
     parts      none of them asks for a restart
 
@@ -47,7 +48,7 @@ class Watchdog:
         moved = self._moved()
         looks: tuple[tuple[str, Callable[[], str]], ...] = (
             ("engine", partial(self._engine, moved)), ("database", partial(self._database, moved)), ("messaging", self._messaging),
-            ("api", self._api), ("parts", self._parts),
+            ("sweep", self._sweep), ("api", self._api), ("parts", self._parts),
         )  # fmt: skip
         return next((f"{what}: {found}" for what, look in looks if (found := look())), "")
 
@@ -88,8 +89,10 @@ class Watchdog:
         return ""
 
     def _messaging(self) -> str:
-        messaging = self._daemon.messaging
-        return "a thread is dead" if messaging is not None and messaging.session.broken else ""
+        return self._daemon.messaging.trouble() if self._daemon.messaging else ""
+
+    def _sweep(self) -> str:
+        return "" if self._daemon.sweeping else "the thread is dead"
 
     def _api(self) -> str:
         address = urllib.parse.urlsplit(self._daemon.server.url)

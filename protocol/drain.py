@@ -22,6 +22,7 @@ BEYOND_S = 3_600.0  # seconds until one that is larger than all of a day's bytes
 SWEEP_S = 5.0  # seconds between two looks for what expired
 POLL_S = 1.0  # how long a put may wait for a drain that nobody woke
 PUBACK_DEADLINE_S = 30.0  # then the message is handed over again
+STUCK_S = 300.0  # seconds; a round on a slow, locked card takes a tenth of that
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +72,11 @@ class Drain:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._next_sweep = 0.0
+        self._round_at = 0.0  # monotonic seconds, when the last round began
 
     def start(self) -> None:
         """Start the thread."""
+        self._round_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
 
@@ -86,8 +89,8 @@ class Drain:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread is not None and self._thread.is_alive()
+        """Whether the thread runs, and began a round within STUCK_S; for a watchdog."""
+        return self._thread is not None and self._thread.is_alive() and time.monotonic() - self._round_at < STUCK_S
 
     def step(self) -> int:
         """One round: book what ended, sweep, hand over what may leave. Returns how many are in flight."""
@@ -102,6 +105,7 @@ class Drain:
     def _run(self) -> None:
         while not self._stopping.is_set():
             self.outbox.woken.clear()
+            self._round_at = time.monotonic()
             try:
                 self.step()
             except Exception:  # a locked or full disk: the rows are safe, the next round tries again

@@ -100,6 +100,11 @@ class Voice:
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the heartbeat's thread runs; for a watchdog."""
+        return self._thread is not None and self._thread.is_alive()
+
     def announce(self) -> None:
         """Say it soon, from the heartbeat's thread; for births and changes of state. Any thread may call it."""
         self._soon.set()

@@ -153,6 +153,11 @@ class Server:
         if self._thread is not None:
             self._thread.join(timeout)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs; for a watchdog."""
+        return self._thread is not None and self._thread.is_alive()
+
     def heard(self, message: Incoming) -> None:
         """Handle one message of this node's question topics, or its groups': store it, or say at once why not.
 

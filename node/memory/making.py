@@ -22,6 +22,7 @@ from node.engine.worker import Worker
 from node.memory import rules, table
 from node.memory.rules import Least, Neighbour, Remembered
 from node.memory.vectors import NoVectors, Vectors, room_for
+from node.parts import dead
 from node.store import Store
 from protocol.errors import BadInput, MilpaError
 from protocol.tasks import task_named
@@ -76,6 +77,10 @@ class Making:
         self._look.set()
         if self._thread.is_alive():
             self._thread.join(STOP_S)
+
+    def trouble(self) -> str:
+        """A dead thread."""
+        return dead(self._thread, self._stop)
 
     def add(self, key: str, scope: str, source: str) -> None:
         """An entry is new, or has changed; one that is past the limit comes with a later scan."""
@@ -166,8 +171,8 @@ class Making:
                 if self.made + len(batch) < room_for(self.chosen.max_bytes, self._size):  # else the next scan makes room
                     try:
                         embedded = self.worker.embed(source, deadline_s=EMBED_DEADLINE_S)
-                    except BadInput as error:
-                        log.debug("memory: no vector of %s: %s", key, error)
+                    except BadInput:  # its text is not said: key and reason could tell the record
+                        log.debug("memory: an entry does not fit the model, and gets no vector")
                     else:
                         if embedded.speaker.model_digest != self.model:
                             break  # the next step begins anew

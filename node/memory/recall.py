@@ -215,6 +215,10 @@ class Memory(Part):
                 if self.making is not None:
                     self.making.look_again()
 
+    def trouble(self) -> str:
+        """A dead thread."""
+        return self.making.trouble() if self.making is not None else ""
+
     def status(self) -> dict[str, Any] | None:
         """For GET /v1/status."""
         with self.store.transaction() as session:

@@ -1,5 +1,6 @@
 """The memory beside a real store and a real worker, with a small engine; and the file of vectors."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -15,11 +16,13 @@ import pytest
 
 from node.memory import routes, sharing, table, vectors
 from node.memory.recall import Memory
+from node.memory.rules import memory_key
 from node.memory.vectors import NoVectors, Vectors
 from node.settings import Memory as Chosen
 from node.store import OPERATOR, AnswerRow
 from protocol.digests import digest_bytes
 from protocol.errors import BadInput, NotEnough
+from protocol.reasons import read
 from protocol.tasks import RANCH, task_named
 from tests.node.conftest import ROOT, Notes, ask, eventually, reply_to, settings
 from tests.node.fake_engine import FakeEngine
@@ -104,7 +107,9 @@ def test_an_answer_from_memory_says_so_in_what_is_stored(remembering: Any) -> No
     row = node.row(node.answer("tank 3 bar").id)
 
     assert (row.by, row.model_digest, row.state) == ("memory", "", "final")
-    assert first.id in row.reason and "confirmed by the operator" in row.reason
+    reason = str(read(row.reason))
+    assert first.id in reason and "confirmed by the operator" in reason
+    assert "confirmado por el operador" in read(row.reason).told("es")
 
 
 def test_an_answer_from_memory_confirms_nothing_and_asks_nobody(remembering: Any) -> None:
@@ -219,6 +224,7 @@ def test_a_pattern_answers_records_its_words_stand_in(remembering: Any) -> None:
 
     assert (given.answer.text, given.recalled.match) == ("panel-soiled: clean the panel", "pattern")
     assert added["key"][:12] in given.judgement.reason
+    assert given.judgement.why.told("es").startswith("recordado: el patrón 'chuco el espejo' del operador")
 
 
 def test_the_longest_pattern_wins_and_a_confirmed_record_before_all(remembering: Any) -> None:
@@ -336,6 +342,7 @@ def test_similar_records_that_agree_answer_without_the_model(remembering: Any) -
 
     assert (given.answer.verdict, given.recalled.match) == ("leak", "near")
     assert node.engine.prompts == [] and f"{given.recalled.similarity:.3f} alike" in given.judgement.reason
+    assert "registros parecidos dicen esto" in given.judgement.why.told("es") and "el operador" in given.judgement.why.told("es")
     assert given.judgement.confidence >= 0.8
 
 
@@ -432,6 +439,27 @@ def test_the_disk_limit_bounds_the_vectors(remembering: Any, monkeypatch: pytest
     make_vectors(node)
 
     assert node.memory.status()["vectors"] == 5
+
+
+def test_a_record_the_model_cannot_read_gets_no_vector_and_neither_its_text_nor_its_digest_is_logged(
+    remembering: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = remembering("near")
+    season(node, 3)
+    cannot, embed = f"{WORDS['leak']} 1", node.engine.embed
+
+    def read(text: str) -> Any:
+        if text.endswith(" 1"):
+            raise BadInput(f"{text!r} does not fit the model's context")
+        return embed(text)
+
+    monkeypatch.setattr(node.engine, "embed", read)
+    with caplog.at_level(logging.DEBUG):
+        make_vectors(node)
+
+    assert node.memory.status()["vectors"] == 2
+    assert "gets no vector" in caplog.text
+    assert not [told for told in (cannot, memory_key("ranch", "en", cannot), digest_bytes(cannot.encode())) if told in caplog.text]
 
 
 def test_without_the_extension_exact_answers_go_on(remembering: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from node.engine.worker import Speaker
 from node.service import Supervisor
 from node.settings import read
 from node.watchdog import Watchdog
-from protocol import logs
+from protocol import drain, logs
 from protocol.errors import BadInput, Unavailable
 from protocol.ports import free_port
 from protocol.tasks import Form, translation
@@ -145,9 +146,10 @@ def test_the_reload_command_says_what_was_taken_and_what_waits_and_a_broken_file
 
 @pytest.fixture
 def alive(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A daemon with a small engine, and its watchdog."""
+    """A daemon with a small engine and every thread it can have, and its watchdog."""
     monkeypatch.setattr("node.store.BUSY_TIMEOUT_S", 0.2)
-    daemon = start(settings(tmp_path, broker__host="127.0.0.1", broker__port=free_port(), api__deadline_s=3.0))
+    given = {"peers__serve": True, "memory__use": "near", "api__deadline_s": 3.0}
+    daemon = start(settings(tmp_path, broker__host="127.0.0.1", broker__port=free_port(), **given))
     daemon.worker.swap_after_current_record(Speaker(FakeEngine(), "ranch"))
     return daemon
 
@@ -195,6 +197,50 @@ def test_a_part_that_died_gives_no_sign_of_life(alive: Any, monkeypatch: pytest.
     {"engine": alive.worker.stop, "messaging": alive.messaging.session.stop, "api": alive.server.stop}[part]()
 
     assert Watchdog(alive, probe_s=0.5).trouble().startswith(part)
+
+
+def die(*_: Any, **__: Any) -> None:
+    """What ends a thread: the loops catch every Exception."""
+    raise SystemExit
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it is what is meant
+@pytest.mark.parametrize(
+    ("where", "what", "says"),
+    [
+        ("messaging._drain", "step", "messaging: a thread is dead or stuck: outbox"),
+        ("messaging._voice._soon", "clear", "messaging: a thread is dead or stuck: presence"),
+        ("messaging._server", "step", "messaging: a thread is dead or stuck: serving"),
+        ("memory.making", "step", "parts: memory: the thread is dead"),
+        ("answering", "expire", "sweep: the thread is dead"),
+    ],
+)
+def test_a_thread_that_ended_gives_no_sign_of_life(alive: Any, monkeypatch: pytest.MonkeyPatch, where: str, what: str, says: str) -> None:
+    before = Watchdog(alive).trouble()
+    monkeypatch.setattr(attrgetter(where)(alive), what, die)
+    alive.messaging.announce(), alive.messaging._server._wake.set(), alive.memory.making.look_again()  # each comes round now
+
+    assert before == ""
+    assert eventually(Watchdog(alive).trouble) == says
+
+
+def test_an_outbox_whose_thread_hangs_gives_no_sign_of_life(alive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    round_, hangs, let_go = drain.Drain.step, threading.Event(), threading.Event()
+    monkeypatch.setattr(drain, "STUCK_S", 2.0)
+    monkeypatch.setattr(alive.messaging._drain, "step", lambda: (hangs.set(), let_go.wait(DEADLINE_S), round_(alive.messaging._drain)))
+
+    assert hangs.wait(DEADLINE_S)
+    hanging = eventually(Watchdog(alive).trouble)
+    let_go.set()
+    eventually(lambda: not Watchdog(alive).trouble())
+
+    assert hanging == "messaging: a thread is dead or stuck: outbox"
+
+
+def test_a_node_that_stops_is_not_ill(alive: Any) -> None:
+    alive.stop()
+
+    assert alive.messaging.trouble() == alive.memory.trouble() == "" and alive.sweeping
 
 
 def test_a_database_that_cannot_be_written_gives_no_sign_of_life(alive: Any) -> None:
