@@ -39,7 +39,7 @@ from node.api.errors import BadBody, error_body, told
 from node.api.guard import Guard
 from node.api.metrics import Metrics
 from node.api.telling import Answered, Stream, Talk, begun
-from node.engine.worker import Embedded, NoModel, Speaker
+from node.engine.worker import Embedded, Late, NoModel, Speaker
 from node.memory import routes as memory_routes
 from node.memory.recall import Memory
 from node.page import routes as page
@@ -174,11 +174,14 @@ class _Api:
         return Json({"object": "list", "data": await run_in_threadpool(self._each, each, seconds)})
 
     def _each(self, bodies: Sequence[msgspec.Raw], seconds: float) -> list[dict[str, Any]]:
-        """Every record answered or refused on its own; a full queue or disk refuses the rest one by one."""
-        found = []
+        """Every record answered or refused on its own, those past `seconds` unread; a full queue or disk refuses the rest one by one."""
+        found, ends = [], time.monotonic() + seconds
         for body in bodies:
+            left = ends - time.monotonic()
             try:
-                found.append(self._record(bytes(body), seconds))
+                if left <= 0:
+                    raise Late(f"the request's {seconds:.3g} s were over before this record; send it again")
+                found.append(self._record(bytes(body), left))
             except (MilpaError, OperationalError) as error:
                 refusal = told(error)
                 found.append(refusal.openai() | {"status": refusal.status})

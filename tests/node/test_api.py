@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -147,6 +148,34 @@ def test_records_in_a_list_are_answered_or_refused_each_on_its_own(sure: Any) ->
     assert [one.get("record_id") for one in told] == ["w1", None, "w3"]
     assert (told[1]["status"], told[1]["error"]["message"]) == (400, "record 'w2' has an empty source")
     assert len(sure.refused()) == 1
+
+
+def test_the_records_of_a_list_share_one_deadline_and_those_it_does_not_reach_are_late(sure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, generate, given = [50.0], sure.engine.generate, []
+
+    def slowly(*args: Any, **more: Any) -> Any:
+        now[0] += 4.0
+        return generate(*args, **more)
+
+    def answer(record: Record, *, deadline_s: float) -> Any:
+        given.append(deadline_s)
+        return answer_now(record, deadline_s=deadline_s)
+
+    answer_now = sure.answering.answer
+    monkeypatch.setattr(sure.engine, "generate", slowly)
+    monkeypatch.setattr(sure.answering, "answer", answer)
+    monkeypatch.setattr("node.api.routes.time", SimpleNamespace(monotonic=lambda: now[0]))
+    records = [{"id": f"w{index}", "task": "ranch", "source": f"soil {index} C"} for index in range(5)]
+
+    answered = sure.client().post("/v1/records", json=records, headers={"x-milpa-deadline-s": "9"})
+
+    told = answered.json()["data"]
+    assert answered.status_code == 200
+    assert [one.get("status") for one in told] == [None, None, None, 504, 504]
+    assert [one["state"] for one in told[:3]] == ["final"] * 3
+    assert told[4]["error"]["code"] == "deadline" and "send it again" in told[4]["error"]["message"]
+    assert given == [9.0, 5.0, 1.0]
+    assert sure.refused() == []  # late is not bad
 
 
 def test_a_batch_with_a_prompt_that_cannot_be_read_answers_none(sure: Any) -> None:
