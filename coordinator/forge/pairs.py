@@ -14,13 +14,18 @@ from protocol.tasks import Record, Task, task_named, translation
 LINE_LIMIT = 64 * 1024  # bytes; SOURCE_LIMIT characters and as many of an answer
 T = TypeVar("T")
 
-LANGUAGE_CODES = {"english": "en", "spanish": "es"}
+LANGUAGE_CODES = {"english": "en", "spanish": "es"}  # languages that `judging.categories` has word lists of; no others have a code here
 
 
 def translated(task: Task) -> tuple[str, ...]:
     """Codes of a translation's source and target language, as far as they have one here; () for other tasks."""
     _, *languages = task.name.split("-") if task.kind == "text" else ("",)
     return tuple(LANGUAGE_CODES[language] for language in languages if language in LANGUAGE_CODES)
+
+
+def language_of(task: Task, record: Record) -> str:
+    """Code of the language that an answer is in: a translation's task names it, whatever its records say; "" where it has no code here."""
+    return LANGUAGE_CODES.get(task.name.rpartition("-")[2], "") if task.kind == "text" else record.lang
 
 
 def read_either(
@@ -49,7 +54,7 @@ def read_pairs(path: Path, task: Task, *, limit: int | None = None) -> list[Reco
     Raises:
         BadInput: the file cannot be read or is empty, or a line is not two filled columns; the message names the line.
     """
-    lang = LANGUAGE_CODES.get(task.name.rpartition("-")[2], "en")
+    lang = LANGUAGE_CODES.get(task.name.rpartition("-")[2], "en")  # a record has to name one of the codec's; see `language_of`
     records = []
     for number, line in _lines(path, limit):
         columns = line.split("\t")

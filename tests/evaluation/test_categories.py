@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from coordinator.forge.judging.categories import GROUPS, categories, denies, kept, names, numbers, order, speaks
-from protocol.tasks import RANCH, RANCH_CODES, Record
+from coordinator.forge.judging.categories import GROUPS, categories, denies, kept, names, not_read, numbers, order, speaks
+from protocol.tasks import RANCH, RANCH_CODES, Record, Task, translation
 from tests.evaluation.conftest import SPANISH
 
 
@@ -117,6 +117,37 @@ def test_what_makes_the_category_is_kept_or_not(category: str, sentence: str, ke
     record = translated("No vi a Tom hasta las 9.", "I didn't see Tom until 9.")
 
     assert kept(category, sentence, record, SPANISH) is keeps
+
+
+@pytest.mark.parametrize("lang", ["en", "es"])  # what a record has to name where the codec knows no code
+def test_an_answer_in_a_language_without_word_lists_is_not_judged_by_those_of_another(lang: str) -> None:
+    french = translation("English", "French")
+    record = Record(id="1", task=french.name, source="Tom has no six cats.", target="Tom n'a pas six chats.", lang=lang, site="lyon")
+
+    assert categories(record, french) == ("length: short", "site: lyon")
+    assert [kept(name, record.target, record, french) for name in ("numbers", "entities", "negation", f"language: {lang}")] == [None] * 4
+
+
+def test_a_translations_language_is_its_tasks_also_where_the_record_says_nothing() -> None:
+    record = Record(id="1", task=SPANISH.name, source="It is not here.", target="No está aquí.")
+
+    assert categories(record, SPANISH) == ("negation", "length: short", "language: es")
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        (translation("English", "French"), ("none of French",)),
+        (translation("French", "English"), ()),
+        (SPANISH, ()),
+        (RANCH, ()),
+    ],
+)
+def test_what_no_rule_can_tell_is_said(task: Task, told: tuple[str, ...]) -> None:
+    found = not_read(task)
+
+    assert len(found) == len(told)
+    assert all(part in sentence for part, sentence in zip(told, found, strict=True))
 
 
 def test_categories_are_shown_contents_first() -> None:

@@ -111,6 +111,20 @@ def test_a_language_without_a_code_here_is_not_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
+    ("target", "source", "said"),
+    [
+        ("French", "Tom has four black cats.", " Tom a quatre chats noirs."),  # "four" and no number that we read
+        ("German", "The dog is in the garden.", " Der Hund ist im Garten."),  # capitals that are no names
+        ("Portuguese", "The end of the days.", " O fim dos dias."),  # "dos" is no 2
+    ],
+)
+def test_numbers_and_names_of_a_language_that_is_not_read_refuse_nothing(target: str, source: str, said: str) -> None:
+    task = translation("English", target)
+
+    assert refusal(task, Record(id="a", task=task.name, source=source), said, identify=identify) is None
+
+
+@pytest.mark.parametrize(
     ("words", "times"), [("a b c", 1), ("a a b", 2), ("x a b a b a b y", 3), ("a b a c", 1), ("a b b a b b", 2), ("", 1)]
 )
 def test_a_run_of_words_is_counted_as_often_as_it_follows_itself(words: str, times: int) -> None:

@@ -1,6 +1,7 @@
 """What a record is about, and whether an answer kept it: numbers, names, negation, length, language, verdict group, site. Pure.
 
-A record is in every category that fits, so categories overlap. Rules, for English and Spanish, on the reference answer's sentence:
+A record is in every category that fits, so categories overlap. Rules on the reference answer's sentence, the first five and language only
+where the answer is in English or Spanish, whose word lists are here (`not_read` says so of other languages):
  * numbers          it has a number: digits not glued to a letter before them ("tank 3", "1.000,5", "9am"; not "soil0321"), or a number word
                     from two up ("one" and "uno" are articles too often). "twenty-five" and "treinta y cinco" are one number, "two
                     hundred" is two. Kept: the answer has the same numbers, as often, in digits or in words.
@@ -9,7 +10,7 @@ A record is in every category that fits, so categories overlap. Rules, for Engli
  * negation         it has a word that denies. Kept: so has the answer. (Which word is denied is not looked at.)
  * plain            none of these three.
  * length: short | medium | long      up to 5, up to 12, more words in the reference.
- * language: es     the language that the record asks for. Kept: the answer has no more function words of another language than of this one.
+ * language: es     the language that the answer has to be in. Kept: the answer has no more function words of another language than of this one.
  * verdicts: power  verdict tasks: the group of the true verdict (GROUPS).
  * site: esteli     the record's site, where it has one.
 A rule by word lists errs: a translation may deny by "lack", a name may be translated. Such errors strike every model that is compared
@@ -20,6 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
+from coordinator.forge.pairs import language_of
 from protocol.tasks import Record, Task
 
 NUMBERS, ENTITIES, NEGATION, PLAIN = "numbers", "entities", "negation", "plain"
@@ -83,16 +85,16 @@ BOTH_WAYS = frozenset(("no", "he", "has", "me", "once", "sin", "son", "come", "r
 
 def categories(record: Record, task: Task) -> tuple[str, ...]:
     """The categories of a record with a reference answer, in the order of the rules above."""
-    truth = task.parse(record.target)
+    truth, language = task.parse(record.target), language_of(task, record)
     tests = (
         (NUMBERS, bool(numbers(truth.sentence))),
         (ENTITIES, bool(names(truth.sentence, record.source))),
-        (NEGATION, denies(truth.sentence, record.lang)),
+        (NEGATION, denies(truth.sentence, language)),
     )
-    content = [name for name, found in tests if found]
+    content = [name for name, found in tests if found] or [PLAIN]
     count = len(truth.sentence.split())
-    size = "short" if count <= SHORT else "medium" if count <= MEDIUM else "long"
-    found = [*(content or [PLAIN]), f"length: {size}", f"language: {record.lang}"]
+    size = f"length: {'short' if count <= SHORT else 'medium' if count <= MEDIUM else 'long'}"
+    found = [*content, size, f"language: {language}"] if language else [size]
     if truth.verdict:
         found.append(f"verdicts: {GROUPS.get(truth.verdict, truth.verdict)}")
     if record.site:
@@ -102,17 +104,30 @@ def categories(record: Record, task: Task) -> tuple[str, ...]:
 
 def kept(category: str, sentence: str, record: Record, task: Task) -> bool | None:
     """Whether an answer's sentence keeps what makes the record one of `category`; None where the category has no such rule."""
-    truth = task.parse(record.target).sentence
+    truth, language = task.parse(record.target).sentence, language_of(task, record)
+    if not language:
+        return None
     if category == NUMBERS:
         return numbers(sentence) == numbers(truth)
     if category == ENTITIES:
         said = Counter(WORD.findall(sentence))
         return all(said[name] >= count for name, count in Counter(names(truth, record.source)).items())
     if category == NEGATION:
-        return denies(sentence, record.lang)
-    if category == f"language: {record.lang}":
-        return speaks(sentence, record.lang)
+        return denies(sentence, language)
+    if category == f"language: {language}":
+        return speaks(sentence, language)
     return None
+
+
+def not_read(task: Task) -> tuple[str, ...]:
+    """For the evidence's `not_tested`: what no rule here can tell of the task's answers, because they are in another language."""
+    if task.kind != "text" or language_of(task, Record("", task.name, "")):
+        return ()
+    language = task.name.rpartition("-")[2].capitalize()
+    return (
+        f"Numbers, names, negation and language of the answers: there are word lists of English and Spanish only, none of {language}, so a "
+        "loss in them could hide behind the averages.",
+    )
 
 
 def numbers(text: str) -> Counter[str]:

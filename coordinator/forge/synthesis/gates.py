@@ -10,6 +10,7 @@ In this order, because a likelihood alone loves untranslated copies (AUC 0.03, d
  * repetition   no run of words follows itself more often than in the source, and no few letters go on and on.
  * numbers      translation: the source's numbers stand in it, and no others; in digits or in words.
  * names        translation: each name inside the source's sentence has something like it in the answer, and the other way round.
+These two are between English and Spanish only: read by their words and capitals, good translations of other languages would be refused.
 
 Limits are of alphabetic languages, measured on English to Spanish (docs/adr/0012): together they refuse 2% of human translations, most of
 them for a name or a number that the translator put into other words. Numbers and names are read by `judging.categories`, so what a
@@ -25,7 +26,7 @@ from difflib import SequenceMatcher
 import msgspec
 
 from coordinator.forge.judging.categories import BOTH_WAYS, WORD, names, numbers
-from coordinator.forge.pairs import LANGUAGE_CODES
+from coordinator.forge.pairs import LANGUAGE_CODES, language_of, translated
 from protocol.tasks import LANGUAGES, Record, Task
 
 GATES = ("finished", "form", "truth", "language", "copy", "length", "repetition", "numbers", "names")
@@ -68,8 +69,8 @@ def languages_of(task: Task, record: Record) -> tuple[str, tuple[str, ...]]:
     """Code of the answer's language and of those it could be mistaken for; "" where the task's language has no code here."""
     if task.kind == "verdict":
         return record.lang, tuple(code for code in LANGUAGES if code != record.lang)
-    _, source, target = (*task.name.split("-"), "", "")[:3]
-    return LANGUAGE_CODES.get(target, ""), tuple(filter(None, [LANGUAGE_CODES.get(source, "")]))
+    _, source, _ = (*task.name.split("-"), "", "")[:3]
+    return language_of(task, record), tuple(filter(None, [LANGUAGE_CODES.get(source, "")]))
 
 
 def _reasons(task: Task, record: Record, text: str, finished: bool, identify: Identify | None) -> Iterator[tuple[str, str]]:
@@ -85,7 +86,7 @@ def _reasons(task: Task, record: Record, text: str, finished: bool, identify: Id
         yield "copy", _copy(said, source)
         yield "length", _length(said, source)
     yield "repetition", _repetition(said, source)
-    if task.kind == "text":
+    if len(translated(task)) == 2:
         yield "numbers", _numbers(said, source)
         yield "names", _names(said, source)
 
