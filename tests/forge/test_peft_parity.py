@@ -9,8 +9,8 @@ pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore::FutureWarni
 
 
 def test_the_same_factors_give_the_same_logits_as_peft(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch", reason="pip install 'milpa[train]'")
-    peft = pytest.importorskip("peft", reason="pip install 'milpa[dev]'")
+    torch = pytest.importorskip("torch", reason="pip install -e '.[train]'")
+    peft = pytest.importorskip("peft", reason="pip install -e '.[dev]'")
     from protocol.adapters import pack, unpack
     from protocol.models.checkpoint import Checkpoint
     from protocol.models.lora import attach, initial_adapter

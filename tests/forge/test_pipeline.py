@@ -66,6 +66,8 @@ def test_a_teacher_and_a_smaller_student_come_out_and_the_second_run_computes_no
     assert made.lineage["distil"] == again.lineage["distil"]
     assert (Checkpoint.read(made.teacher).blocks, Checkpoint.read(made.student).blocks) == (3, 2)
     assert made.lineage["export"]["files"]["student.gguf"]["digest"] == digest_file(made.student)
+    assert Checkpoint.read(tmp_path / "out" / "untrained.gguf").blocks == 2
+    assert digest_file(tmp_path / "out" / "untrained.gguf") != digest_file(made.student)
     assert msgspec.json.decode((tmp_path / "out" / "lineage.json").read_bytes())["licence"]["name"] == "not stated"
     with Tokenizer(made.student) as small, Tokenizer(made.teacher) as large:
         assert small.encode("soil low", bos=True) == large.encode("soil low", bos=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from coordinator.forge.students.trim import coverage, general_weights, trim
-from protocol.errors import UnknownName
+from protocol.errors import BadInput, UnknownName
 from protocol.models.checkpoint import TOKEN_NORMAL, Checkpoint, Vocabulary
 from protocol.models.tokenizer import Tokenizer, make_example
 from protocol.tasks import RANCH, Record
@@ -69,9 +69,29 @@ def test_general_words_fill_the_vocabulary_heaviest_first(tiny: Path, tmp_path: 
 
     trimmed = trim(tiny, [], tmp_path / "some.gguf", frequent=0, general=["en"], pieces=room)
 
-    assert room <= len(trimmed.vocabulary.tokens) <= room + 5
+    assert room - 5 <= len(trimmed.vocabulary.tokens) <= room
     assert "▁the" in trimmed.vocabulary.tokens
     assert "▁clogged" not in trimmed.vocabulary.tokens
+
+
+def test_with_general_words_what_texts_use_least_gives_way_to_the_limit(tiny: Path, tmp_path: Path) -> None:
+    """Merges of what stays stay too: the other texts keep their pieces."""
+    often, once = ["the soil moisture is low", "la bomba sin agua"], "the clogged tank 水"
+    lossless = trim(tiny, [*often, *often, once], tmp_path / "lossless.gguf", frequent=0)
+    room = len(lossless.vocabulary.tokens) - 1
+
+    trimmed = trim(tiny, [*often, *often, once], tmp_path / "held.gguf", frequent=0, general=["en"], pieces=room)
+
+    assert room - 12 <= len(trimmed.vocabulary.tokens) <= room
+    assert [pieces(tmp_path / "held.gguf", text) for text in often] == [pieces(tiny, text) for text in often]
+    assert pieces(tmp_path / "held.gguf", once) != pieces(tiny, once)
+    with Tokenizer(tmp_path / "held.gguf") as tokenizer:
+        assert tokenizer.decode(tokenizer.encode(once, bos=False)) == once
+
+
+def test_a_limit_below_what_always_stays_is_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="300 pieces are too few: 3.. always stay"):
+        trim(tiny, TEXTS, tmp_path / "small.gguf", frequent=0, general=["en"], pieces=300)
 
 
 def test_spellings_share_a_words_frequency_by_how_early_they_were_merged() -> None:
