@@ -28,12 +28,14 @@ from node.confidence.judging import Judge, Ruling
 from node.engine.worker import Listening, Spoken, Worker
 from node.memory.rules import Recalled, with_examples
 from node.store import OPERATOR, AnswerRow, State, Store, learn_from, new_id, next_change, refuse
+from protocol import reasons
 from protocol.codec import checked_record
 from protocol.confidence import Judgement
 from protocol.digests import digest_bytes
 from protocol.errors import BadInput, UnknownName
 from protocol.messages import Question, Reply
 from protocol.names import known
+from protocol.reasons import Why
 from protocol.tasks import Answer, Record, Task, task_named
 
 PEER_WEIGHT_FLOOR = 0.1  # an example a peer was unsure of still counts a little
@@ -169,14 +171,14 @@ class Answering:
                 raise
             shown, spoken = (), ask(task.prompt(record))
         answer = task.parse(spoken.generation.text)
-        ruling = self.judge.rule(task, answer, spoken, prompt=task.prompt(record))
-        note = f"{len(shown)} remembered records shown" if shown else ""
-        return self._save(record, task.prompt(record), answer, ruling, spoken, note=note)
+        ruling = self.judge.rule(task, answer, spoken, prompt=task.prompt(record), left_s=ends - time.perf_counter())
+        notes = (Why("examples-shown", {"count": len(shown)}),) if shown else ()
+        return self._save(record, task.prompt(record), answer, ruling, spoken, notes=notes)
 
     def _save_recalled(self, record: Record, task: Task, recalled: Recalled, *, seconds: float) -> Given:
         """An answer from memory: stored like any other, `by` memory, and of no model."""
         now, answer = self._clock(), task.parse(recalled.text)
-        judgement = Judgement(True, recalled.confidence, recalled.reason)
+        judgement = Judgement(True, recalled.confidence, recalled.why)
         row = self._row(
             record, task.prompt(record), answer, judgement, now=now, state="final", by=MEMORY, model_digest="", adapter_digest="",
             release=0, seconds=seconds,
@@ -188,10 +190,9 @@ class Answering:
                 self.memory.used(session, recalled, now=now)
         return Given(row.id, record, answer, judgement, "final", "", seconds, None, recalled)
 
-    def _save(self, record: Record, prompt: str, answer: Answer, ruling: Ruling, spoken: Spoken, *, note: str = "") -> Given:
-        now, judgement = self._clock(), ruling.judgement
-        if note:
-            judgement = msgspec.structs.replace(judgement, reason=f"{judgement.reason}; {note}")
+    def _save(self, record: Record, prompt: str, answer: Answer, ruling: Ruling, spoken: Spoken, *, notes: tuple[Why, ...]) -> Given:
+        now = self._clock()
+        judgement = msgspec.structs.replace(ruling.judgement, why=ruling.judgement.why.noting(*notes))
         asking = self.asking if judgement.ask else None
         state: State = "final" if judgement.keep else "provisional" if asking else "unconfirmed"
         question = None
@@ -217,7 +218,7 @@ class Answering:
         return AnswerRow(
             id=new_id(), created=now, record=record.id, task=record.task, site=record.site or self.site, lang=record.lang,
             source=record.source, prompt=prompt, local=answer.text, text=answer.text, verdict=answer.verdict,
-            confidence=judgement.confidence, reason=judgement.reason, **more,
+            confidence=judgement.confidence, reason=reasons.kept(judgement.why), **more,
         )  # fmt: skip
 
     def refuse(self, text: str, *, reason: str, origin: str) -> None:

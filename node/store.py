@@ -58,7 +58,7 @@ class AnswerRow(Base):
     text: Mapped[str]  # the answer as it stands now
     verdict: Mapped[str]
     confidence: Mapped[float]
-    reason: Mapped[str]
+    reason: Mapped[str]  # as `protocol.reasons.kept` writes it
     state: Mapped[str] = mapped_column(index=True)
     by: Mapped[str] = mapped_column(default="")  # who stands behind `text`: "" the node itself, "peer:NAME", "operator"
     question: Mapped[str | None] = mapped_column(unique=True)  # Question.id, when a peer was asked

@@ -22,6 +22,7 @@ from typing import Protocol
 import msgspec
 
 from protocol.likeness import chrf
+from protocol.reasons import Why
 from protocol.tasks import Task
 
 FEATURES = (
@@ -319,11 +320,13 @@ class Judgement(msgspec.Struct, frozen=True):
 
     keep: bool  # it stands by itself
     confidence: float  # in [0, 1]; a calibrated probability only when the reason does not say otherwise
-    reason: str  # for the operator: "probability of a right verdict 0.41 below 0.63 (share budget 25%)"
+    why: Why
     ask: bool = False  # there is a budget for asking; a broken answer may neither stand nor be asked
 
-
-NOT_IN_FORM = "the answer is not of the task's form"
+    @property
+    def reason(self) -> str:
+        """For the operator: "probability of a right verdict 0.41 below 0.63 (share budget 25%)"."""
+        return str(self.why)
 
 
 def confidence(values: Sequence[float], calibration: Calibration | None, *, in_form: bool = True, agreement: float | None = None) -> float:
@@ -342,12 +345,12 @@ def confidence(values: Sequence[float], calibration: Calibration | None, *, in_f
     return math.exp(values[1] if values[0] == 1.0 else values[5])
 
 
-def meaning(values: Sequence[float], calibration: Calibration | None) -> str:
-    """What the confidence of such an answer is, in words."""
+def meaning(values: Sequence[float], calibration: Calibration | None) -> Why:
+    """What the confidence of such an answer is."""
     verdict = values[0] == 1.0
     if calibration is None:
-        return "verdict probability" if verdict else "mean token probability"
-    return "probability of a right verdict" if verdict else "probability of a good answer"
+        return Why("verdict-probability" if verdict else "token-probability")
+    return Why("right-verdict" if verdict else "good-answer")
 
 
 def judge(
@@ -366,17 +369,17 @@ def judge(
         budget: share of questions to escalate, named in the reason. None: 25%.
     """
     if not in_form:
-        return Judgement(False, 0.0, NOT_IN_FORM, ask=True)
+        return Judgement(False, 0.0, Why("not-in-form"), ask=True)
     sure = confidence(values, calibration)
     if calibration is None:
-        limit, note = UNCALIBRATED_THRESHOLD if threshold is None else threshold, "not calibrated"
+        limit, note = UNCALIBRATED_THRESHOLD if threshold is None else threshold, Why("not-calibrated")
     else:
         share = DEFAULT_BUDGET if budget is None else budget
         limit = calibration.threshold(share) if threshold is None else threshold
-        note = f"budget {share:.0%}" if threshold is None or budget is not None else "fixed threshold"
+        note = Why("budget", {"share": share}) if threshold is None or budget is not None else Why("fixed-threshold")
     keep = sure >= limit
-    side = "not below" if keep else "below"
-    return Judgement(keep, sure, f"{meaning(values, calibration)} {sure:.2f} {side} {limit:.2f} ({note})", ask=not keep)
+    figures: dict[str, float | Why] = {"what": meaning(values, calibration), "sure": sure, "limit": limit}
+    return Judgement(keep, sure, Why("not-below" if keep else "below", figures, (note,)), ask=not keep)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

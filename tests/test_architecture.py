@@ -53,7 +53,7 @@ PURE = (
     "coordinator/federation/admission.py", "coordinator/federation/gate.py", "coordinator/forge/synthesis/gates.py",
     "coordinator/forge/judging/categories.py", "coordinator/forge/judging/metrics.py", "coordinator/forge/judging/regressions.py",
     "coordinator/forge/judging/claims.py", "coordinator/forge/judging/economics.py",
-    "protocol/words.py", "node/page/door.py", "node/page/html.py", "node/page/pages.py", "node/page/words.py",
+    "protocol/words.py", "protocol/reasons.py", "node/page/door.py", "node/page/html.py", "node/page/pages.py", "node/page/words.py",
     "node/reload.py", "node/escalation/consensus.py", "node/memory/rules.py", "node/energy/rules.py", "node/learn/rules.py",
     "node/confidence/budget.py", "node/confidence/refit.py", "protocol/likeness.py",
 )  # fmt: skip

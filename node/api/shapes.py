@@ -10,6 +10,7 @@ from node.answering import Given
 from node.api.errors import BadBody
 from node.memory.rules import Recalled
 from node.store import AnswerRow
+from protocol import reasons
 from protocol.errors import BadInput
 from protocol.tasks import Record
 
@@ -140,7 +141,7 @@ def stored(row: AnswerRow) -> dict[str, Any]:
     return {
         "id": row.id, "change": row.change, "created": row.created, "record_id": row.record, "task": row.task, "site": row.site,
         "lang": row.lang, "source": row.source, "text": row.text, "verdict": row.verdict, "local": row.local, "state": row.state,
-        "provisional": row.state == "provisional", "by": row.by, "confidence": row.confidence, "reason": row.reason,
+        "provisional": row.state == "provisional", "by": row.by, "confidence": row.confidence, "reason": str(reasons.read(row.reason)),
         "escalation": row.question or "", "release": row.release, "model_digest": row.model_digest, "adapter_digest": row.adapter_digest,
         "seconds": row.seconds, "changed": row.upgraded,
     }  # fmt: skip

@@ -23,6 +23,8 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from protocol.reasons import Code, Why
+
 WINDOW = 256  # scores; long enough for a 5% threshold, short enough for a change of season
 HORIZON = 20.0  # questions owed at most; 20 of 1,000 are the 2 points promised. Shorter makes the threshold restless: docs/adr/0022
 DAY_S = 86_400.0
@@ -54,7 +56,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     share: float
     bound: str  # "share", "bytes" or "joules"
-    why: str  # "share budget 25%", "20000 bytes a day pay for 3.1%"
+    why: Why  # "share budget 25%", "20000 bytes a day pay for 3.1%"
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -136,19 +138,20 @@ class Tracker:
     def plan(self, cost: Cost, now: float) -> Plan:
         """The share to ask now: the tightest budget decides."""
         budget = self.budget
-        plans = [Plan(budget.share, "share", f"share budget {budget.share:.0%}")]
+        plans = [Plan(budget.share, "share", Why("share-budget", {"share": budget.share}))]
         bytes_spent, joules_spent = self.spent(now)
-        for name, a_day, spent, each in (
-            ("bytes", budget.bytes_a_day, bytes_spent, cost.bytes),
-            ("joules", budget.joules_a_day, joules_spent, cost.joules),
-        ):
+        limits: tuple[tuple[str, Code, Code, float, float, float], ...] = (
+            ("bytes", "bytes-spent", "bytes-pay", budget.bytes_a_day, bytes_spent, cost.bytes),
+            ("joules", "joules-spent", "joules-pay", budget.joules_a_day, joules_spent, cost.joules),
+        )
+        for name, all_gone, pays, a_day, spent, each in limits:
             if a_day <= 0 or each <= 0:
                 continue
             if spent + each > a_day:
-                plans.append(Plan(0.0, name, f"the day's {a_day:.0f} {name} are spent"))
+                plans.append(Plan(0.0, name, Why(all_gone, {"a_day": a_day})))
             else:
                 share = min(1.0, a_day / (each * self.questions_a_day()))
-                plans.append(Plan(share, name, f"{a_day:.0f} {name} a day pay for {share:.1%}"))
+                plans.append(Plan(share, name, Why(pays, {"a_day": a_day, "share": share})))
         return min(plans, key=lambda plan: plan.share)
 
     def questions_a_day(self) -> float:

@@ -29,7 +29,6 @@ from node.settings import NodeSettings
 from node.store import AnswerRow, Store, example_key, is_held_out
 from protocol.codec import encode
 from protocol.confidence import (
-    NOT_IN_FORM,
     UNCALIBRATED_THRESHOLD,
     VERDICT_RIGHT,
     Calibration,
@@ -43,6 +42,7 @@ from protocol.confidence import (
 from protocol.digests import digest_bytes
 from protocol.errors import MilpaError
 from protocol.models.generation import Generation
+from protocol.reasons import Why
 from protocol.tasks import Answer, Task, task_named
 
 LOG_KEPT = 20_000  # rows
@@ -143,10 +143,10 @@ class Judge(Part):
                 sure, cost=cost, now=now, luck=self._random.random(), audit_luck=self._random.random(), ask_if_sure=in_form
             )
             told, limit = self._refit.apply(sure), self._refit.apply(decision.threshold)
-            notes = [*([] if calibration else ["not calibrated"]), *(["refitted here"] if self._refit.used else []), decision.plan.why]
+            notes = [*([] if calibration else [Why("not-calibrated")]), *([Why("refitted")] if self._refit.used else []), decision.plan.why]
             judge = self._judge
         what = meaning(values, calibration)
-        judgement = _judgement(in_form, told, limit, decision, what, "; ".join(notes), self._tracker.budget.audit)
+        judgement = _judgement(in_form, told, limit, decision, what, notes, self._tracker.budget.audit)
         row = {
             "at": now, "judge": judge, "shipped": sure, "asked": decision.ask, "chance": decision.chance, "plan": decision.plan.share,
             "owed": decision.owed, "bytes": cost.bytes if decision.ask else 0.0, "joules": cost.joules if decision.ask else 0.0,
@@ -201,7 +201,7 @@ class Judge(Part):
         realised = self._realised()
         return {
             "calibrated": calibration is not None, "target": calibration.target if calibration else "",
-            "method": calibration.method if calibration else "", "plan": plan.share, "bound": plan.bound, "why": plan.why,
+            "method": calibration.method if calibration else "", "plan": plan.share, "bound": plan.bound, "why": str(plan.why),
             "threshold": made.apply(threshold), "realised": realised[0], "planned": realised[1], "over": realised[2],
             "owed": round(owed, 3),
             "day": {
@@ -334,15 +334,16 @@ def budget_of(settings: NodeSettings) -> Budget:
     return Budget(settings.model.budget, float(limits.bytes_a_day), limits.joules_a_day, limits.audit)
 
 
-def _judgement(in_form: bool, sure: float, limit: float, decision: Decision, what: str, notes: str, audit: float) -> Judgement:
+def _judgement(in_form: bool, sure: float, limit: float, decision: Decision, what: Why, notes: list[Why], audit: float) -> Judgement:
     if not in_form:
-        return Judgement(False, 0.0, f"{NOT_IN_FORM} ({notes})", ask=decision.ask)
+        return Judgement(False, 0.0, Why("not-in-form").noting(*notes), ask=decision.ask)
+    figures: dict[str, float | Why] = {"what": what, "sure": sure, "limit": limit}
     if decision.audit:
-        return Judgement(False, sure, f"{what} {sure:.2f} not below {limit:.2f}; one of the {audit:.0%} asked to check ({notes})", ask=True)
-    side = "below" if decision.ask else "not below"
-    if decision.ask and sure >= limit:  # a tie, decided by lot
-        side = "at"
-    return Judgement(not decision.ask, sure, f"{what} {sure:.2f} {side} {limit:.2f} ({notes})", ask=decision.ask)
+        return Judgement(False, sure, Why("audited", {**figures, "audit": audit}).noting(*notes), ask=True)
+    tie = decision.ask and sure >= limit  # decided by lot
+    return Judgement(
+        not decision.ask, sure, Why("at" if tie else "below" if decision.ask else "not-below", figures).noting(*notes), ask=decision.ask
+    )  # fmt: skip
 
 
 def _random() -> random.Random:

@@ -10,7 +10,7 @@ from sqlalchemy import select
 
 from node.answering import Answering
 from node.store import AnswerRow, answer_to
-from protocol import codec
+from protocol import codec, reasons
 from protocol.errors import BadInput, TooLarge, UnknownName
 
 RECORD_LIMIT = 64 * 1024  # bytes; 4,000 characters of source, escaped, and the raw figures
@@ -45,8 +45,8 @@ def told(row: AnswerRow) -> dict[str, Any]:
     """An answer as it stands now, for whoever sent the record."""
     return {
         "id": row.id, "record_id": row.record, "task": row.task, "text": row.text, "verdict": row.verdict, "confidence": row.confidence,
-        "reason": row.reason, "state": row.state, "provisional": row.state == "provisional", "by": row.by, "release": row.release,
-        "model_digest": row.model_digest, "adapter_digest": row.adapter_digest,
+        "reason": str(reasons.read(row.reason)), "state": row.state, "provisional": row.state == "provisional", "by": row.by,
+        "release": row.release, "model_digest": row.model_digest, "adapter_digest": row.adapter_digest,
     }  # fmt: skip
 
 

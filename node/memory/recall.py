@@ -25,6 +25,7 @@ from node.memory.vectors import NoVectors, Vectors, size_on_disk
 from node.parts import Figure, Part
 from node.store import AnswerRow, Store
 from protocol.errors import MilpaError
+from protocol.reasons import Why
 from protocol.tasks import Record, Task
 
 FILE = "memory.db"
@@ -119,11 +120,9 @@ class Memory(Part):
         if nearest is None:
             return None
         row = next(row for _, row in found if row.key == nearest.key)
-        reason = (
-            f"remembered: {rules.NEIGHBOURS} similar records mean this, the nearest {nearest.similarity:.3f} alike (answer {row.answer}, "
-            f"confirmed by {rules.trusted(row.origin)}); such answers are right {least.precision:.0%} of the time here, or more"
-        )
-        return Recalled("near", row.key, row.text, least.precision, reason, row.answer, nearest.similarity)
+        figures = {"count": rules.NEIGHBOURS, "similarity": nearest.similarity, "right": least.precision}
+        why = Why("alike", {**figures, "answer": row.answer, "whom": rules.trusted(row.origin)})
+        return Recalled("near", row.key, row.text, least.precision, why, row.answer, nearest.similarity)
 
     def neighbours(self, record: Record, making: Making, *, deadline_s: float) -> list[tuple[float, table.MemoryRow]]:
         """The entries most like the record with their likeness, nearest first, as they stand now.
@@ -256,9 +255,10 @@ def shown(row: table.MemoryRow) -> dict[str, Any]:
 
 
 def _exactly(row: table.MemoryRow) -> Recalled:
-    reason = f"remembered: the same record, confirmed by {rules.trusted(row.origin)} (answer {row.answer})"
-    return Recalled("exact", row.key, row.text, row.weight, reason, row.answer)
+    why = Why("same-record", {"whom": rules.trusted(row.origin), "answer": row.answer})
+    return Recalled("exact", row.key, row.text, row.weight, why, row.answer)
 
 
 def _by_pattern(row: table.MemoryRow) -> Recalled:
-    return Recalled("pattern", row.key, row.text, row.weight, f"remembered: the operator's pattern {row.source!r} ({row.key[:12]})", "")
+    why = Why("pattern", {"pattern": row.source, "key": row.key[:12]})
+    return Recalled("pattern", row.key, row.text, row.weight, why, "")

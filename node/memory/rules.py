@@ -19,6 +19,7 @@ from typing import Literal
 import msgspec
 
 from protocol.digests import digest_bytes
+from protocol.reasons import Why
 from protocol.tasks import Record, Task
 
 Use = Literal["off", "exact", "near", "examples"]
@@ -43,7 +44,7 @@ class Recalled(msgspec.Struct, frozen=True):
     key: str  # of the memory entry
     text: str
     confidence: float  # in [0, 1]: the weight of who confirmed it, or what near answers like it are worth here
-    reason: str  # for the operator, with the source answer and the similarity
+    why: Why  # with the source answer and the similarity
     source: str  # id of the answer it was confirmed on; "" for a pattern
     similarity: float = 1.0
 
@@ -171,6 +172,6 @@ def with_examples(task: Task, record: Record, shown: Sequence[Record]) -> str:
     return "".join(parts) + task.prompt(record)
 
 
-def trusted(origin: str) -> str:
-    """Who confirmed an entry, in words."""
-    return "the operator" if origin == OPERATOR else origin.removeprefix(PEER) or "somebody"
+def trusted(origin: str) -> Why | str:
+    """Who confirmed an entry, for a reason's figures: a peer by its name."""
+    return Why("operator") if origin == OPERATOR else origin.removeprefix(PEER) or Why("somebody")

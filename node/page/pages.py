@@ -36,6 +36,7 @@ class Said(msgspec.Struct, frozen=True):
 
     answer: Shown | None = None  # saved
     problem: str = ""  # not saved
+    detail: str = ""  # of the problem, for the technician
 
 
 def main_page(
@@ -134,18 +135,23 @@ def _first_sentence(words: Words, status: Mapping[str, Any], seen: Look) -> Html
         "first",
         tag("h1", words.text("works" if ready else "works-not"), class_=None if ready else "red"),
         tag("p", today, class_="lead") if ready or seen.today else None,
-        tag("details", tag("summary", words.text("detail")), tag("p", why, lang="en")) if why else None,
+        _detail(words, why),
     )
 
 
 def _said(words: Words, said: Said) -> Html:
     told: Child = None
     if said.problem:
-        told = tag("p", said.problem, class_="problem", role="alert")
+        told = [tag("p", said.problem, class_="problem", role="alert"), _detail(words, said.detail)]
     elif said.answer:
         change = tag("a", words.text("saved.change"), href=f"/?answer={said.answer.id}#check", class_="button-like")
         told = tag("p", words.text("saved", answer=_name(words, said.answer)), " ", change, class_="saved", role="status")
     return _live("said", told, class_="said")
+
+
+def _detail(words: Words, told: str) -> Html | None:
+    """What only a technician needs, in English as logs and commands say it; the sentence above it is the reader's."""
+    return tag("details", tag("summary", words.text("detail")), tag("p", told, lang="en")) if told else None
 
 
 def _attention(words: Words, findings: Sequence[Finding]) -> Html:
@@ -156,8 +162,7 @@ def _attention(words: Words, findings: Sequence[Finding]) -> Html:
         keys = (f"find.{finding.what}.{finding.state}", f"find.{finding.what}")
         told = next((words.text(key) for key in keys if words.known(key)), words.text("find.other", what=finding.what))
         detail = f"{finding.what}: {finding.found}{'; ' + finding.advice if finding.advice else ''}"
-        more = tag("details", tag("summary", words.text("detail")), tag("p", detail, lang="en"))
-        return tag("li", tag("strong", told), more, class_="red" if finding.state == "bad" else "amber")
+        return tag("li", tag("strong", told), _detail(words, detail), class_="red" if finding.state == "bad" else "amber")
 
     return _live("attention", tag("h2", words.text("attention")), tag("ul", [line(finding) for finding in findings], class_="needs"))
 
@@ -200,7 +205,7 @@ def _latest(words: Words, seen: Look) -> Html:
             tag("p", words.text("asked"), class_="quiet"),
             tag("blockquote", shown.source, lang=shown.lang, class_="source"),
             tag("p", words.text("why"), class_="quiet"),
-            tag("p", shown.reason, lang="en"),
+            tag("p", shown.why.told(words.lang, comma=words.comma), lang="en" if shown.why.code == "as-written" else None),
             tag("p", tag("a", words.text("check.change"), href=f"/?answer={shown.id}#check", class_="button-like")),
         )
         facts = f"{_when(words, shown)} · {_state(words, shown)}"

@@ -27,7 +27,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from node.answering import Answering, NoSuchAnswer
 from node.page import door
 from protocol import __version__
-from protocol.errors import BadInput, TooLarge
+from protocol.errors import BadInput
 from protocol.web import SECURITY
 
 if TYPE_CHECKING:
@@ -126,13 +126,16 @@ class _Page:
         try:
             form = _form(body)
             text = form.get("right") or form.get("text", "")
+            verdict = form.get("verdict", "")
             if len(text) > TEXT_LIMIT:
-                raise TooLarge(f"the text has {len(text)} characters, the limit is {TEXT_LIMIT}")
-            self.answering.correct(answer_id, verdict=form.get("verdict", ""), text=text)
+                return self._page(request, said=Said(problem=words.text("not-saved.long", limit=words.number(TEXT_LIMIT))), status=400)
+            if not verdict and not text.strip():
+                return self._page(request, said=Said(problem=words.text("not-saved.empty")), status=400)
+            self.answering.correct(answer_id, verdict=verdict, text=text)
         except NoSuchAnswer:
             return self._page(request, said=Said(problem=words.text("not-saved.gone")), status=404)
         except BadInput as error:
-            return self._page(request, said=Said(problem=words.text("not-saved.bad", reason=error)), status=400)
+            return self._page(request, said=Said(problem=words.text("not-saved.bad"), detail=str(error)), status=400)
         return _go(f"/?{urlencode({'done': answer_id})}")
 
     def _page(self, request: Request, *, said: "Said | None" = None, status: int = 200) -> Response:

@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, case, func, select
 from sqlalchemy.orm import Session
 
 from node.store import AnswerRow, Store
+from protocol.reasons import Why, read
 from protocol.tasks import Task, task_named
 
 LATEST = 12  # answers in the list; a phone shows four at once
@@ -29,7 +30,7 @@ class Shown(msgspec.Struct, frozen=True):
     verdict: str
     sentence: str  # after the verdict; of free text, all of it
     confidence: float
-    reason: str
+    why: Why
     state: str
     by: str
 
@@ -131,6 +132,6 @@ def _shown(row: AnswerRow) -> Shown:
     parsed = task.parse(row.text)
     return Shown(
         id=row.id, created=row.created, task=task, lang=row.lang, source=row.source, text=row.text, verdict=row.verdict,
-        sentence=parsed.sentence if row.verdict or not task.codes else row.text, confidence=row.confidence, reason=row.reason,
+        sentence=parsed.sentence if row.verdict or not task.codes else row.text, confidence=row.confidence, why=read(row.reason),
         state=row.state, by=row.by,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Every text on the node's page, in English and Spanish, for somebody who works in the field: plain words, short, no reproach. No I/O.
 
 One place, so that neither language falls behind; a test holds them together, and the verdicts and the doctor's findings to those there are.
+Why an answer is as it is has its words in protocol/reasons.py, which the API reads too.
 {name} is filled in; "one|many" follows the value n. Spanish says usted. Words are the glossary's: node, answer, model, release.
 """
 
@@ -26,7 +27,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     # what a person should look at
     "attention": ("Needs attention", "Hay que atender"),
-    "detail": ("Details for the technician", "Detalles para el técnico"),
+    "detail": ("Details for the technician", "Detalles para el técnico (en inglés)"),
     "find.clock": (
         "The clock is wrong. Answers go on, updates may not.",
         "El reloj está mal. Sigue respondiendo; las actualizaciones quizá no.",
@@ -76,7 +77,12 @@ TEXTS: dict[str, tuple[str, str]] = {
     "saved": ("Saved: {answer}. Thank you.", "Guardado: {answer}. Gracias."),
     "saved.change": ("Change it", "Cambiarlo"),
     "not-saved": ("Not saved: no connection to the node. Tap again.", "No se guardó: sin conexión con el nodo. Toque otra vez."),
-    "not-saved.bad": ("Not saved: {reason}", "No se guardó: {reason}"),
+    "not-saved.bad": (
+        "Not saved: the node did not understand it. Open the page again and tap there.",
+        "No se guardó: el nodo no lo entendió. Abra la página otra vez y toque allí.",
+    ),
+    "not-saved.empty": ("Not saved: nothing was written or chosen.", "No se guardó: no se escribió ni se eligió nada."),
+    "not-saved.long": ("Not saved: the text has over {limit} characters.", "No se guardó: el texto tiene más de {limit} caracteres."),
     "not-saved.gone": ("Not saved: that answer is not kept here any more.", "No se guardó: esa respuesta ya no se guarda aquí."),
     "not-saved.elsewhere": (
         "Not saved: this came from another page. Open the node's page and tap there.",

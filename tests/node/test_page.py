@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import update
 from starlette.applications import Starlette
 
 from node.api import routes
@@ -18,6 +19,7 @@ from node.page import door
 from node.page import routes as page_routes
 from node.page.html import Html, tag, text
 from node.page.words import TEXTS, VERDICTS, Words
+from node.store import AnswerRow
 from protocol.tasks import RANCH_CODES
 from tests.node.conftest import NOW, eventually, reply_to, settings
 from tests.node.fake_engine import FakeEngine
@@ -109,6 +111,24 @@ def test_the_page_speaks_the_reader_s_language_and_remembers_a_choice(unsure_alo
 
     assert '<html lang="es">' in spanish and "Fuga de agua" in spanish and "Por favor, revise" in spanish
     assert '<html lang="en">' in chosen and '<html lang="en">' in page(client, lang="es")
+
+
+def test_why_the_node_says_so_is_in_the_reader_s_language(unsure_alone: Any) -> None:
+    unsure_alone.answer()
+    client = unsure_alone.client()
+
+    english, spanish = page(client, lang="en"), page(client, lang="es-ES")
+
+    assert "<p>verdict probability 0.30 below 0.50 (not calibrated; share budget 25%)</p>" in english
+    assert "<p>probabilidad del veredicto 0,30, menor que 0,50 (sin calibrar; se puede preguntar el 25%)</p>" in spanish
+
+
+def test_a_reason_stored_before_there_were_codes_is_shown_as_the_english_it_is(unsure_alone: Any) -> None:
+    given = unsure_alone.answer()
+    with unsure_alone.store.transaction() as session:
+        session.execute(update(AnswerRow).where(AnswerRow.id == given.id).values(reason="verdict probability 0.31 below 0.50"))
+
+    assert '<p lang="en">verdict probability 0.31 below 0.50</p>' in page(unsure_alone.client(), lang="es")
 
 
 def test_what_a_record_says_is_text_and_never_markup(unsure_alone: Any) -> None:
@@ -277,6 +297,21 @@ def test_a_form_that_makes_no_sense_is_one_clear_line_on_the_page(unsure_alone: 
     assert answer.status_code == status
     assert 'role="alert">Not saved: ' in answer.text
     assert unsure_alone.row(given.id).state == "unconfirmed"
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [({}, "no se escribió ni se eligió nada"), ({"verdict": "cook"}, "el nodo no lo entendió"), ({"text": "x" * 4001}, "4,000 caracteres")],
+    ids=str,
+)  # fmt: skip
+def test_why_a_tap_was_not_saved_is_said_in_the_reader_s_language(unsure_alone: Any, fields: dict[str, str], told: str) -> None:
+    given = unsure_alone.answer()
+
+    answer = tap(unsure_alone.client(), given.id, HOME | {"accept-language": "es-NI"}, **fields)
+    said = re.findall(r'role="alert">([^<]*)', answer.text)
+
+    assert len(said) == 1 and said[0].startswith("No se guardó: ") and told in said[0]
+    assert ('<p lang="en">unknown verdict' in answer.text) == ("verdict" in fields)
 
 
 def test_a_tap_on_a_pruned_answer_says_so(sure: Any) -> None:
