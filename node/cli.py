@@ -23,7 +23,9 @@ config = typer.Typer(no_args_is_help=True, help="Settings and where each comes f
 app.add_typer(config, name="config")
 app.add_typer(memory, name="memory")
 
-Config = Annotated[Path | None, typer.Option("--config", help="TOML file; default: MILPA_NODE_CONFIG, else none.", metavar="FILE")]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="TOML file; default: MILPA_NODE_CONFIG, else /etc/milpa/node.toml.", metavar="FILE")
+]
 StateDir = Annotated[str | None, typer.Option("--state-dir", help="The node's folder (node.state_dir).")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
@@ -49,6 +51,7 @@ def run_node(
         milpa-node run --model student.gguf --task ranch --port 8642
     """
     from node import service
+    from node.client import refuse_root
     from node.settings import read
     from protocol import logs
 
@@ -57,6 +60,7 @@ def run_node(
         "model.threads": threads, "broker.host": broker,
     }  # fmt: skip
     settings, _ = read(config, flags=flags)
+    refuse_root(settings, instead="use: systemctl start milpa-node, or another --state-dir")
     logs.set_up(settings.logs.form, settings.logs.level)
     service.run(settings, read_again=lambda: read(config, flags=flags)[0])
 

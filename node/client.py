@@ -36,6 +36,17 @@ def read_run_file(state_dir: Path) -> RunFile | None:
     return found if Path(f"/proc/{found.pid}").exists() or not Path("/proc/self").exists() else None
 
 
+def refuse_root(settings: NodeSettings, *, instead: str) -> None:
+    """A service's folder belongs to its own user; what root leaves there is closed to the node for good.
+
+    Raises:
+        BadInput: this is root, and the state folder is another user's; `instead` says what to do.
+    """
+    state = settings.state_dir
+    if os.geteuid() == 0 and state.exists() and (owner := state.stat().st_uid) != 0:
+        raise BadInput(f"{state} belongs to user {owner}, and what root writes there the node could not use again; {instead}")
+
+
 def address(settings: NodeSettings) -> str:
     """Where the node's API should be."""
     found = read_run_file(settings.state_dir)
@@ -133,6 +144,8 @@ def reload_daemon(settings: NodeSettings) -> dict[str, Any]:
         BadInput: it did not take the settings; the reason is its own.
     """
     found, before = read_run_file(settings.state_dir), daemon_status(settings)
+    if before is not None and found is None and not os.access(settings.state_dir, os.X_OK):
+        raise Unavailable(f"{settings.state_dir} is closed to this user; use sudo, or: systemctl reload milpa-node")
     if found is None or before is None:
         raise Unavailable(f"no node runs on {settings.state_dir}; start it with `milpa-node run`")
     try:

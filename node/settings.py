@@ -1,5 +1,6 @@
 """What can be set on a node. Read by `protocol.settings.load`: default, TOML, MILPA_NODE_<SECTION>_<KEY>, flag; the later wins.
 
+The TOML file is the one that is named (--config), else MILPA_NODE_CONFIG (empty: none), else the installed one where there is one.
 Everything has a default with which a node starts alone on one machine: no broker, no peers, no coordinator.
 """
 
@@ -24,21 +25,22 @@ from protocol.tasks import task_named
 QUEUE_LIMIT = 32  # waiting requests; each holds one of the 40 threads the HTTP server has
 CREDENTIAL = "credential:"  # in front of a secret's name that systemd hands over (LoadCredential)
 SECRETS = Path("/etc/milpa/secrets")
+INSTALLED = Path("/etc/milpa/node.toml")  # as deploy/install-node.sh lays it
 
 
 class Node(msgspec.Struct, frozen=True):
     """Who this node is."""
 
-    name: str = "node"
+    name: str = "node"  # 1 to 48 of a-z, 0-9 and -; to the broker its user name
     role: Role = "student"  # which files of a release it takes: "student" at a site, "teacher" at a base station
-    site: str = ""  # empty: the node's name
-    state_dir: str = "~/.local/share/milpa/node"
+    site: str = ""  # the site's name; empty: the node's
+    state_dir: str = "~/.local/share/milpa/node"  # everything the node keeps; the service's is /var/lib/milpa
 
 
 class Api(msgspec.Struct, frozen=True):
     """The local HTTP API."""
 
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # address to listen on: 0.0.0.0 for the site's network, which key_file must guard
     port: int = 8642  # 0: any free one; `milpa-node status` finds it
     key_file: str = ""  # a file with the key that requests must carry; needed for any host but this machine
     queue: int = 16  # waiting requests before the node says 429
@@ -49,10 +51,10 @@ class Model(msgspec.Struct, frozen=True):
     """How the model runs; and a fixed file, for use without a coordinator."""
 
     path: str = ""  # a GGUF; empty: the active release's
-    adapter: str = ""
-    calibration: str = ""
+    adapter: str = ""  # a LoRA adapter (GGUF) on top of path
+    calibration: str = ""  # of path and adapter, as `milpa-coordinator calibrate` writes it; empty: confidence is not calibrated
     task: str = "ranch"  # of the fixed file, and of requests that name none
-    threads: int = 1
+    threads: int = 1  # processor threads of the model
     context: int = 1024  # tokens
     budget: float = 0.25  # share of the answers that may be escalated to a peer, in [0, 1]
 
@@ -61,7 +63,7 @@ class Confidence(msgspec.Struct, frozen=True):
     """What asking a peer may cost beside `model.budget`, the share of the answers; the tightest decides (node/confidence)."""
 
     bytes_a_day: int = 0  # for questions and their replies; 0: no limit but the link's own
-    joules_a_day: float = 0.0  # 0: no limit
+    joules_a_day: float = 0.0  # for questions; 0: no limit
     joules_a_question: float = 2.0  # a radio of 1 W for two seconds; measure yours
     audit: float = 0.02  # share of the sure answers that are asked regardless, so that sureness is checked at all; part of the budget
     refit: bool = True  # move the shipped curve by the site's confirmed answers, where that is better
@@ -71,13 +73,13 @@ class Confidence(msgspec.Struct, frozen=True):
 class Account(msgspec.Struct, frozen=True):
     """A broker, and who the node is there. Without a host there is none."""
 
-    host: str = ""
+    host: str = ""  # name or address; empty: none
     port: int = 1883
     username: str = ""  # empty: the node's name
-    password_file: str = ""
-    ca_file: str = ""
-    cert_file: str = ""
-    key_file: str = ""
+    password_file: str = ""  # a file with the password, one line
+    ca_file: str = ""  # who signs the broker's certificate (PEM); empty: no TLS
+    cert_file: str = ""  # the node's own certificate (PEM), where the broker wants one
+    key_file: str = ""  # and its key
 
     def tls_files(self) -> tuple[Path | None, Path | None, Path | None]:
         """Where the authority, the certificate and its key are."""
@@ -101,7 +103,7 @@ class Account(msgspec.Struct, frozen=True):
 class Broker(Account, frozen=True):
     """The MQTT broker. Without a host the node lives alone."""
 
-    heartbeat_s: float = 300.0
+    heartbeat_s: float = 300.0  # seconds between two words that say nothing new; the class of link may make it longer
 
 
 class Link(msgspec.Struct, frozen=True):
@@ -117,7 +119,7 @@ class Peers(msgspec.Struct, frozen=True):
 
     ask: tuple[str, ...] = ()  # names of peers with a larger model
     ask_groups: tuple[str, ...] = ()  # groups of base stations, each of which counts as one peer; then every node's status is listened to
-    serve: bool = False
+    serve: bool = False  # answer the questions of others: a base station, or the teacher beside the coordinator
     serve_groups: tuple[str, ...] = ()  # whose questions this node shares with the other members; the broker's access list must let it
     deadline_s: float = 3600.0  # seconds until an unanswered question is given up
     votes: int = 1  # how many peers are asked at once; with more than one they vote
@@ -132,17 +134,17 @@ class Update(msgspec.Struct, frozen=True):
 
     url: str = ""  # the coordinator's repository; empty: no updates
     root_file: str = ""  # the first trusted root.json, brought by hand
-    poll_s: float = 900.0
-    max_bytes_a_day: int = 0  # 0: no limit
+    poll_s: float = 900.0  # seconds between two looks for a release; the class of link may make it longer
+    max_bytes_a_day: int = 0  # for downloads; 0: no limit
 
 
 class Spool(msgspec.Struct, frozen=True):
     """A folder that takes records as files and gives answers as files (node/entrances/spool.py)."""
 
-    enabled: bool = False
+    enabled: bool = False  # take files
     folder: str = ""  # empty: `spool` in the state folder
     quiet_s: float = 1.0  # seconds a file must not change before it is read
-    file_limit_bytes: int = 1 << 20
+    file_limit_bytes: int = 1 << 20  # the largest file that is read
     records: int = 1_000  # most records in one file
     kept: int = 1_000  # files kept in `done` and in `refused`
     waiting: int = 10_000  # answers nobody collected; with more, no file is taken
@@ -156,7 +158,7 @@ class Topic(Account, frozen=True):
 
 
 class Power(Plant, frozen=True):
-    """What the node hangs on and draws, and where its battery tells its charge: see `node.energy.rules.Plant` for the rest."""
+    """What the node hangs on and draws, and where its battery tells its charge (docs/power-and-learning.md)."""
 
     battery: str = ""  # a folder such as /sys/class/power_supply/BAT0, or a file that a charge controller's script writes; empty: a model
 
@@ -165,17 +167,17 @@ class Learn(msgspec.Struct, frozen=True):
     """Training on the site's own confirmed examples, and rounds."""
 
     auto: bool = True  # the daemon trains and opens sync windows by itself, when power and schedule allow
-    min_examples: int = 32
+    min_examples: int = 32  # confirmed examples before the first training
     new_examples: int = 16  # confirmed since the last training that are worth another
     site_adapter: bool = True  # answer with what was learned here, where it is better here
     max_memory_mb: int = 0  # MiB a training may take; 0: what the machine has free
     max_joules_a_day: float = 0.0  # for training, by the stated model; 0: no limit
     sync_every_s: float = 21_600.0  # between sync windows that have something to deliver; 0: none by itself
     sync_hours: tuple[float, ...] = ()  # instead: hours of the day (UTC) at which a window opens, as agreed with the coordinator
-    epochs: int = 3
+    epochs: int = 3  # passes over the examples
     rate: float = 0.0  # learning rate; 0: the training's own default
-    max_seconds: float = 600.0
-    threads: int = 1
+    max_seconds: float = 600.0  # of one training, however often interrupted
+    threads: int = 1  # processor threads of a training
     superlink: str = ""  # HOST:PORT of the SuperLink; empty: no rounds
     fleet_token_file: str = ""  # what the SuperLink asks of nodes
     window_s: float = 120.0  # how long a sync window stays open
@@ -184,14 +186,14 @@ class Learn(msgspec.Struct, frozen=True):
 class Limits(msgspec.Struct, frozen=True):
     """What is kept on disk."""
 
-    answers: int = 100_000
-    refused: int = 1_000
+    answers: int = 100_000  # newest; examples that somebody confirmed are kept beside them
+    refused: int = 1_000  # newest inputs that could not be used, with the reason
 
 
 class Memory(msgspec.Struct, frozen=True):
     """What the site remembers, and what that is used for (node/memory)."""
 
-    use: Use = "near"  # off | exact | near (similar records too, once trusted) | examples (shown to the model): bench/results/memory.json
+    use: Use = "near"  # near: similar records too, once trusted; examples: shown to the model (bench/results/memory.json)
     rows: int = 10_000  # confirmed answers; about 1 kB each
     max_bytes: int = 64 << 20  # of vectors on disk; only near and examples make any. 10,000 take 26 MiB
     near_right: float = 0.75  # the share of near answers that must surely be right, however seldom the model is, in [0, 1]
@@ -200,7 +202,7 @@ class Memory(msgspec.Struct, frozen=True):
 class Logs(msgspec.Struct, frozen=True):
     """What the node writes to stderr (protocol/logs.py)."""
 
-    form: Form = "auto"
+    form: Form = "auto"  # auto: journal under systemd, else text
     level: Level = "info"
 
 
@@ -252,17 +254,28 @@ class NodeSettings(msgspec.Struct, frozen=True):
 def read(
     file: Path | None = None, *, flags: Mapping[str, Any] | None = None, environment: Mapping[str, str] = os.environ
 ) -> tuple[NodeSettings, tuple[Origin, ...]]:
-    """The node's settings, checked. Without `file`, MILPA_NODE_CONFIG may name one.
+    """The node's settings, checked. Without `file`: what MILPA_NODE_CONFIG names (empty: none), else the installed file if there is one.
 
     Raises:
-        BadInput: a value out of its range, a file that is not TOML.
+        BadInput: a value out of its range, a file that is not TOML, an installed file that this user may not read.
         UnknownName: a section, key or task nobody knows.
     """
-    if file is None and environment.get("MILPA_NODE_CONFIG"):
-        file = Path(environment["MILPA_NODE_CONFIG"])
+    if file is None:
+        named = environment.get("MILPA_NODE_CONFIG")
+        file = _installed() if named is None else Path(named) if named else None
     settings, origins = load(NodeSettings, side="node", file=file, environment=environment, flags=flags)
     check(settings)
     return settings, origins
+
+
+def _installed() -> Path | None:
+    try:
+        INSTALLED.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise BadInput(f"cannot read {INSTALLED}: {error.strerror}; run it with sudo, or name another file with --config") from error
+    return INSTALLED
 
 
 def check(settings: NodeSettings) -> None:

@@ -10,7 +10,7 @@ remembered    whether the memory can do what it is set to
 upkeep        a battery that says nothing or is too small, a training that cannot run
 model         whether it fits this machine's memory, loads and speaks; whether releases still come
 
-No look waits longer than a few seconds on anything off the machine.
+No look waits longer than a few seconds on anything off the machine. One that the machine does not allow is a finding; the others go on.
 """
 
 import time
@@ -44,14 +44,14 @@ def examine(
     places = places or machine.Places()
     found = [
         machine.clock(now(), floor=model.newest_signed_time(settings), places=places),
-        machine.disk(settings.state_dir, places=places),
+        *_allowed("disk", lambda: [machine.disk(settings.state_dir, places=places)]),
         machine.wear(settings.state_dir, places=places),
         machine.supply(places),
         machine.temperature(places),
         _files(settings),
         outside.port(settings, running=bool(running)),
-        *certificates.both(settings, now()),
-        model.memory(settings, places=places, running=running),
+        *_allowed("certificates", lambda: certificates.both(settings, now())),
+        *_allowed("free memory", lambda: [model.memory(settings, places=places, running=running)]),
     ]
     if found[-1].state != "bad":
         found.append(model.speaks(settings, running=running))
@@ -61,15 +61,23 @@ def examine(
         *peers.asked(settings, running=running),
         *outside.topic(settings, running=running),
         *outside.spool(running),
-        remembered.memory(settings, running=running),
+        *_allowed("memory", lambda: [remembered.memory(settings, running=running)]),
         confidence.confidence(running),
         *upkeep.power(settings, running=running),
         *upkeep.learning(settings, running=running),
         *(outside.updates(running) if inside else outside.coordinator(settings, now())),
-        model.release(settings, now(), running=running),
+        *_allowed("release", lambda: [model.release(settings, now(), running=running)]),
         *model.trust(settings, now()),
     ]
     return found
+
+
+def _allowed(what: str, look: Callable[[], list[Finding]]) -> list[Finding]:
+    """What a look finds; or that it is closed to this user, as a service's folder is to all but root and the service."""
+    try:
+        return look()
+    except PermissionError as error:
+        return [Finding(what, "bad", f"{error.filename} is closed to this user", "run it with sudo")]
 
 
 def _files(settings: NodeSettings) -> Finding:
@@ -77,7 +85,7 @@ def _files(settings: NodeSettings) -> Finding:
     if not missing:
         return Finding("files", "good", "all that the settings name can be read")
     named = "; ".join(f"{name} names {file}" for name, file in missing.items())
-    return Finding("files", "bad", f"not readable: {named}", "bring the file, or correct the setting; run the doctor as the node's user")
+    return Finding("files", "bad", f"not readable: {named}", "run it with sudo; if it stays, bring the file or correct the setting")
 
 
 def _running(settings: NodeSettings) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def disk(state: Path, *, places: Places | None = None) -> Finding:
             "the kernel does that after errors: look at dmesg, replace the card, then boot again",
         )  # fmt: skip
     if not os.access(here, os.W_OK):
-        return Finding("disk", "bad", f"{here} cannot be written", "give the node's user write access, or set node.state_dir")
+        return Finding("disk", "bad", f"{here} cannot be written", "run it with sudo; if it stays, give the node's user the folder")
     free, inodes = shutil.disk_usage(here).free, os.statvfs(here)
     if inodes.f_files and inodes.f_favail < INODES_BAD:
         return Finding("disk", "bad", f"{inodes.f_favail} inodes free on {here}", "too many small files: find and delete them")
@@ -106,8 +106,7 @@ def disk(state: Path, *, places: Places | None = None) -> Finding:
 def wear(state: Path, *, places: Places | None = None) -> Finding:
     """What the kernel and the card say about themselves."""
     places = places or Places()
-    here = next((folder for folder in (state, *state.parents) if folder.exists()), Path("/"))
-    mounted = mount_of(here, places)
+    mounted = mount_of(state, places)
     part = mounted.part if mounted else ""
     if not part:
         return Finding("wear", "good", "nothing is told about this disk")

@@ -1,16 +1,14 @@
 """What the node lives on and learns: a battery that says nothing, one too small for its dark days, a training that cannot run."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from node.doctor.finding import Finding
 from node.energy import rules
 from node.energy.readings import read
+from node.learn import needs
 from node.settings import NodeSettings
 from protocol.errors import Unavailable
-
-NEEDS = ("torch", "transformers", "gguf")  # of a training
 
 
 def power(settings: NodeSettings, *, running: dict[str, Any]) -> list[Finding]:
@@ -50,13 +48,12 @@ def learning(settings: NodeSettings, *, running: dict[str, Any]) -> list[Finding
         return []
     told = running.get("learn") or {}
     if told.get("failure"):
-        return [Finding("learning", "warn", str(told["failure"]), "it is tried again by itself; `milpa-node learn` shows more")]
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
+        return [Finding("learning", "warn", str(told["failure"]), "it is tried again by itself; the node's log shows more")]
+    if missing := needs.missing():
         return [
             Finding(
                 "learning", "warn", f"{', '.join(missing)} is not installed: this node answers and does not learn",
-                "pip install 'milpa[train]', or set learn.auto = false",
+                f"{needs.CURE}, or set learn.auto = false",
             )
         ]  # fmt: skip
     return [Finding("learning", "good", str(told.get("reason") or "ready when enough is confirmed"))]

@@ -5,7 +5,7 @@ examples    confirmed answers -> training and held-out parts       session    on
 underway    a training on disk while it is not finished            train      LoRA on the active release, within a budget
 stored      the trained adapter on disk, whole or not at all       judging    does it answer better here?   site   the adapter that answers
 sync        a window in which the coordinator may ask for it       flower     the only file here that imports flwr
-commands    `milpa-node learn`, `milpa-node sync`
+commands    `milpa-node learn`, `milpa-node sync`                      needs      the libraries of a training, and how they get here
 
 The daemon imports `learner` and `commands`, which load neither torch nor flwr. Training and syncing are processes that end.
 """

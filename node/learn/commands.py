@@ -8,11 +8,13 @@ from typing import Any
 import typer
 
 from protocol.console import print_json, stderr
-from protocol.errors import BadInput
+from protocol.errors import BadInput, Unavailable
+
+AS_THE_SERVICE = "use: systemctl start milpa-learn"  # which trains, judges and syncs as the node's own user
 
 
 def learn(
-    config: Path | None = typer.Option(None, help="The node's TOML file."),
+    config: Path | None = typer.Option(None, help="TOML file; default: MILPA_NODE_CONFIG, else /etc/milpa/node.toml."),
     state_dir: Path | None = typer.Option(None, help="The node's folder, instead of the one in the settings."),
     min_examples: int | None = typer.Option(None, min=1, help="Confirmed examples needed to train."),
     max_seconds: float | None = typer.Option(None, min=1.0, help="Budget of training time."),
@@ -26,7 +28,8 @@ def learn(
 ) -> None:
     """Train an adapter on this site's confirmed examples, within a budget. It stays here until a sync window.
 
-    Ctrl-C and SIGTERM stop it; started again it goes on, with the examples it began with.
+    Ctrl-C and SIGTERM stop it; started again it goes on, with the examples it began with. A node that was installed as a service
+    trains with `systemctl start milpa-learn`: root is refused on a folder that is not root's.
 
     Examples:
 
@@ -35,18 +38,23 @@ def learn(
         milpa-node learn --max-seconds 300 --threads 2 --json
     """
     from node import settings as node_settings
-    from node.learn import session
+    from node.client import refuse_root
+    from node.learn import needs, session
 
     flags: dict[str, Any] = {
         "node.state_dir": str(state_dir) if state_dir else None, "learn.min_examples": min_examples, "learn.max_seconds": max_seconds,
         "learn.epochs": epochs, "learn.rate": rate, "learn.threads": threads,
     }  # fmt: skip
     settings, _ = node_settings.read(config, flags=flags)
+    refuse_root(settings, instead=AS_THE_SERVICE)
+    if missing := needs.missing():
+        raise BadInput(f"this node cannot train: {', '.join(missing)} is not installed; {needs.CURE}")
+    stop = until_told()
     result = session.train(
-        settings, max_memory_mb=max_memory_mb, seed=seed, told=lambda text: stderr.print(text, highlight=False), interrupted=until_told(),
+        settings, max_memory_mb=max_memory_mb, seed=seed, told=lambda text: stderr.print(text, highlight=False), interrupted=stop,
         progress=lambda step: stderr.print(f"{step.share:4.0%}  loss {step.loss:.3f}", highlight=False) if step.step % 20 == 0 else None,
     )  # fmt: skip
-    verdict = session.judge(settings) if judge else None
+    verdict = session.judge(settings, interrupted=stop) if judge and settings.learn.site_adapter else None
     if as_json:
         print_json({"trained": result, "judged": verdict} if judge else result)
         return
@@ -74,7 +82,7 @@ def sync(
     window: float | None = typer.Option(None, min=1.0, help="Seconds the window stays open; it ends sooner once the adapter has arrived."),
     stay: bool = typer.Option(False, "--stay", help="Keep it open to the end, adapter or not."),
     fleet_token_file: Path | None = typer.Option(None, help="The SuperLink's fleet.token, brought here by hand."),
-    config: Path | None = typer.Option(None, help="The node's TOML file."),
+    config: Path | None = typer.Option(None, help="TOML file; default: MILPA_NODE_CONFIG, else /etc/milpa/node.toml."),
     state_dir: Path | None = typer.Option(None, help="The node's folder, instead of the one in the settings."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object to stdout and nothing else there."),
 ) -> None:
@@ -89,6 +97,7 @@ def sync(
         milpa-node sync --config /etc/milpa/node.toml --json
     """
     from node import settings as node_settings
+    from node.client import refuse_root
     from node.learn.sync import sync as open_window
 
     flags: dict[str, Any] = {
@@ -96,33 +105,19 @@ def sync(
         "learn.fleet_token_file": str(fleet_token_file) if fleet_token_file else None,
     }  # fmt: skip
     settings, _ = node_settings.read(config, flags=flags)
-    token_file = Path(settings.learn.fleet_token_file).expanduser() if settings.learn.fleet_token_file else None
+    refuse_root(settings, instead=AS_THE_SERVICE)
     address = settings.learn.superlink
+    if not address:
+        raise Unavailable("nobody to sync with: set learn.superlink to HOST:PORT, or give --superlink")
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise BadInput(f"--superlink is {address!r}; write HOST:PORT, such as 10.8.0.1:8000, or set learn.superlink")
     result = open_window(
-        settings.state_dir, settings.site, address, window_s=settings.learn.window_s, fleet_token=read_token(token_file), stay=stay,
-        stop=until_told(), on_progress=lambda text: stderr.print(text, highlight=False),
+        settings.state_dir, settings.site, address, window_s=settings.learn.window_s, stay=stay, stop=until_told(),
+        fleet_token=node_settings.secret(settings.learn.fleet_token_file, what="learn.fleet_token_file"),
+        on_progress=lambda text: stderr.print(text, highlight=False),
     )  # fmt: skip
     if as_json:
         print_json(result)
     else:
         typer.echo("adapter delivered" if result.delivered else f"nothing delivered (answers: {', '.join(result.answered) or 'none'})")
-
-
-def read_token(path: Path | None) -> str:
-    """The fleet token in a file; "" without one.
-
-    Raises:
-        BadInput: the file cannot be read, or is empty.
-    """
-    if path is None:
-        return ""
-    try:
-        token = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read the fleet token {path}; copy fleet.token from the SuperLink's state folder") from error
-    if not token:
-        raise BadInput(f"{path} is empty; copy fleet.token from the SuperLink's state folder again")
-    return token

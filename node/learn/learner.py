@@ -9,7 +9,6 @@ Rules:
 Limits: one look a minute; RUN_SPARE_S beside the training's own budget for loading and judging.
 """
 
-import importlib.util
 import logging
 import shutil
 import threading
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from node.energy.power import Power
 from node.energy.rules import Kind
 from node.engine.live import LiveModel
-from node.learn import rules
+from node.learn import needs, rules
 from node.parts import Figure, Part, dead
 from node.settings import NodeSettings
 from node.store import Store
@@ -36,7 +35,6 @@ LOOK_S = 60.0  # seconds between looks
 RUN_SPARE_S = 1_800.0  # seconds beyond the training's budget that its process may take
 WINDOW_BYTES = 60_000  # Flower's own words in a window of two minutes: a call every half second
 KEPT_RELEASES = 3  # folders of learnt adapters; late ones are still of use to a round
-NEEDS = ("torch", "transformers", "gguf")  # of a training; a node without them answers and does not learn
 
 log = logging.getLogger("milpa.node")
 
@@ -164,7 +162,7 @@ class Learner(Part):
         self._tidy(active)
         self.wear()
         if not self.settings.learn.auto:
-            self.reason = "learn.auto is off: `milpa-node learn` trains"
+            self.reason = "learn.auto is off: milpa-learn.timer or `milpa-node learn` trains"
             return
         standing = self.standing(active)
         due = self._due(standing)
@@ -183,12 +181,11 @@ class Learner(Part):
         state = self.settings.state_dir
         training, held_out = self._store.example_parts(active.release.task)
         last = underway.last(state, active.number)
-        missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-        why_not = ""
+        missing, why_not = needs.missing(), ""
         if active.initial_adapter is None:
             why_not = f"release {active.number} ships no initial adapter to start from"
         elif missing and self._run is in_a_child:
-            why_not = f"this node cannot train: {', '.join(missing)} is not installed (pip install 'milpa[train]')"
+            why_not = f"this node cannot train: {', '.join(missing)} is not installed ({needs.CURE})"
         return rules.Standing(
             why_not=why_not, examples=training, held_out=held_out, learned=last.examples if last else 0,
             unfinished=underway.unfinished(state, active.number), not_before=self._not_before,

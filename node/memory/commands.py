@@ -14,7 +14,9 @@ from protocol.console import print_json
 
 app = typer.Typer(no_args_is_help=True, help="What this site remembers: confirmed answers, and your own patterns.")
 
-Config = Annotated[Path | None, typer.Option("--config", help="TOML file; default: MILPA_NODE_CONFIG, else none.", metavar="FILE")]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="TOML file; default: MILPA_NODE_CONFIG, else /etc/milpa/node.toml.", metavar="FILE")
+]
 StateDir = Annotated[str | None, typer.Option("--state-dir", help="The node's folder (node.state_dir).")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Key = Annotated[str, typer.Argument(help="The entry's key, or how it begins.", metavar="KEY")]

@@ -28,7 +28,7 @@ CHUNK = 128  # vectors; sqlite-vec's own 1,024 writes ten times slower, one by o
 BUSY_MS = 2_000  # nobody else should hold this file; a command line may look
 CACHE_KIB = 1_024
 SCHEMA = 1  # user_version of the file
-INSTALL = "pip install apsw sqlite-vec"
+CURE = 'run deploy/install-node.sh again, or on a board without wheels of them set memory.use = "exact"'
 
 
 class NoVectors(Unavailable):
@@ -133,7 +133,7 @@ class Vectors:
             import apsw
             import sqlite_vec
         except ImportError as error:
-            raise NoVectors(f"near answers and examples need sqlite-vec: {INSTALL}; exact answers go on") from error
+            raise NoVectors(f"near answers and examples need apsw and sqlite-vec: {CURE}; exact answers go on") from error
         try:
             self._connect(apsw, sqlite_vec)
         except (apsw.CorruptError, apsw.NotADBError):

@@ -3,6 +3,7 @@ import ipaddress
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from node.settings import NodeSettings, located, read, secret
 from node.update.rules import BUILT_AT
 from protocol.errors import BadInput, UnknownName
 from protocol.ports import free_port
-from tests.node.conftest import settings
+from tests.node.conftest import ROOT, settings
 
 
 def test_a_node_starts_with_no_settings_at_all() -> None:
@@ -44,6 +45,78 @@ def test_the_environment_wins_over_the_file_and_a_flag_over_both(tmp_path: Path)
 
     assert (given.node.name, given.api.port, given.api.queue) == ("esteli", 3, 5)
     assert {o.name: o.origin for o in origins}["api.queue"] == "environment MILPA_NODE_API_QUEUE"
+
+
+def test_the_installed_file_is_read_where_nothing_else_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed, named, flag = (tmp_path / f"{name}.toml" for name in ("installed", "named", "flag"))
+    for file in (installed, named, flag):
+        file.write_text(f'[node]\nname = "{file.stem}"\n')
+    monkeypatch.setattr("node.settings.INSTALLED", installed)
+
+    def name(file: Path | None, environment: dict[str, str]) -> str:
+        return read(file, environment=environment)[0].node.name
+
+    assert name(None, {}) == "installed"
+    assert name(None, {"MILPA_NODE_CONFIG": str(named)}) == "named"
+    assert name(None, {"MILPA_NODE_CONFIG": ""}) == "node"
+    assert name(flag, {"MILPA_NODE_CONFIG": str(named)}) == "flag"
+    installed.unlink()
+    assert name(None, {}) == "node"
+
+
+def as_another_user(program: str, *arguments: str) -> str:
+    """What a program prints that may not look where root may. It begins as this user, so that its imports are found: `drop()` ends that."""
+    begins = "import os, sys\ndef drop():\n    if os.geteuid() == 0:\n        os.setgroups([]), os.setgid(65534), os.setuid(65534)\n"
+    command = [sys.executable, "-c", begins + program, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Iterator[Path]:
+    """A folder that only root may look into, as systemd's /var/lib/private is."""
+    folder = tmp_path / "private"
+    (folder / "milpa").mkdir(parents=True)
+    (folder / "node.toml").write_text("")
+    folder.chmod(0)
+    yield folder
+    folder.chmod(0o700)
+
+
+def test_an_installed_file_that_this_user_may_not_read_is_said_with_what_to_do(closed: Path) -> None:
+    program = """
+import node.settings
+from pathlib import Path
+from protocol.errors import BadInput
+node.settings.INSTALLED = Path(sys.argv[1])
+drop()
+try:
+    node.settings.read(environment={})
+except BadInput as error:
+    print(error)
+"""
+    told = as_another_user(program, str(closed / "node.toml"))
+
+    assert f"cannot read {closed / 'node.toml'}: Permission denied; run it with sudo" in told
+
+
+def test_the_doctor_says_that_a_folder_is_closed_to_this_user_and_goes_on_with_the_rest(closed: Path, tmp_path: Path) -> None:
+    program = """
+import msgspec
+from node.doctor import examine
+from node.settings import read
+def look(folder):
+    return examine(read(flags={"node.state_dir": folder, "memory.use": "near", "api.port": 0}, environment={})[0])
+look(sys.argv[1])  # what is imported late is imported now
+drop()
+print(msgspec.json.encode(look(sys.argv[2])).decode())
+"""
+    told = as_another_user(program, str(tmp_path / "open"), str(closed / "milpa"))
+
+    found = {finding["what"]: finding for finding in msgspec.json.decode(told)}
+    shut = {what for what, finding in found.items() if finding["advice"] == "run it with sudo"}
+    assert shut == {"disk", "free memory", "memory", "release"}
+    assert {"clock", "wear", "temperature", "files", "port", "learning"} <= set(found) - shut
+    assert found["disk"]["state"] == "bad" and str(tmp_path) in found["disk"]["found"]
 
 
 @pytest.mark.parametrize(

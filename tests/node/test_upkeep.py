@@ -53,11 +53,11 @@ def test_a_training_that_failed_is_told_with_its_reason(tmp_path: Path) -> None:
 
 
 def test_a_node_without_torch_answers_and_does_not_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upkeep.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
     (found,) = upkeep.learning(settings(tmp_path), running={})
 
-    assert found.state == "warn" and "does not learn" in found.found
+    assert found.state == "warn" and "does not learn" in found.found and "install-node.sh again with --train" in found.advice
     assert upkeep.learning(settings(tmp_path, learn__auto=False), running={}) == []
 
 
