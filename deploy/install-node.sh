@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Installs a Milpa node as a systemd service. Run again, it does only what is missing or changed; nothing an operator edited is touched.
-#   install-node.sh [--source WHEEL|FOLDER] [--timers]     install or upgrade, and start
-#   install-node.sh --uninstall                            remove program and units; settings, secrets and data stay
+#   install-node.sh [--source WHEEL|FOLDER] [--train] [--timers]     install or upgrade, and start
+#   install-node.sh --uninstall                                      remove program and units; settings, secrets and data stay
+# --train   also what a node needs to learn at its site: torch and others, about 1 GB. Once given, upgrades keep it.
+# --timers  train and sync at a set hour, for `learn.auto = false`; brings --train
 # Options for packagers and tests:
 #   --root FOLDER          lay the files under FOLDER, and start nothing
 #   --environment FOLDER   use this Python environment instead of making one
@@ -9,7 +11,7 @@
 # Files: /usr/local/lib/milpa (program), /usr/local/bin/milpa-node, /etc/systemd/system/milpa-*, /etc/milpa (settings), /var/lib/milpa (data).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-root='' environment='' python='' source=$(dirname "$here") timers=no uninstall=no
+root='' environment='' python='' source=$(dirname "$here") train=no timers=no uninstall=no
 say() { printf '==> %s\n' "$*" >&2; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 while [ $# -gt 0 ]; do
@@ -19,9 +21,10 @@ while [ $# -gt 0 ]; do
       printf -v "${1#--}" '%s' "$2"
       shift 2
       ;;
+    --train) train=yes; shift ;;
     --timers) timers=yes; shift ;;
     --uninstall) uninstall=yes; shift ;;
-    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) fail "unknown option $1; see --help" ;;
   esac
 done
@@ -30,6 +33,7 @@ library=$root/usr/local/lib/milpa program=$root/usr/local/bin/milpa-node units=$
 names=(milpa-node.service milpa-learn.service milpa-learn.timer)
 live() { [ -z "$root" ] && [ -d /run/systemd/system ]; }
 [ -n "$root" ] || [ "$(id -u)" = 0 ] || fail "run it as root: sudo $0"
+[ $train = no ] || [ -z "$environment" ] || fail "--train installs nothing into $environment: install milpa with its extra 'train' there"
 
 if [ $uninstall = yes ]; then
   if live; then systemctl disable --quiet --now milpa-learn.timer milpa-node.service 2>/dev/null || true; fi
@@ -52,10 +56,13 @@ if [ -z "$environment" ]; then
   say "installing Milpa from $source (the first time llama.cpp is built: minutes on a small board)"
   pins=()
   [ ! -f "$here/../constraints.txt" ] || pins=(-c "$here/../constraints.txt")
+  trained=("$environment"/lib/python3*/site-packages/torch)
+  extra=''
+  if [ $train = yes ] || [ $timers = yes ] || [ -e "${trained[0]}" ]; then extra='[train]'; fi
   # what every installed file is, by its SHA-256: pip lays the same program anew, and a node need not restart for that
   contents() { cat "$environment"/lib/python3*/site-packages/*.dist-info/RECORD 2>/dev/null | sha256sum; }
   before=$(contents)
-  "$environment/bin/python" -m pip --disable-pip-version-check install -q --upgrade "${pins[@]}" "$source"
+  "$environment/bin/python" -m pip --disable-pip-version-check install -q --upgrade "${pins[@]}" "$source$extra"
   [ "$before" = "$(contents)" ] || changed=yes
 fi
 [ -x "$environment/bin/milpa-node" ] || fail "$environment has no milpa-node; install the package milpa there"
@@ -79,7 +86,7 @@ if live; then
   systemctl enable --quiet milpa-node.service
   [ $timers = no ] || systemctl enable --quiet --now milpa-learn.timer
   if [ $changed = yes ]; then systemctl restart milpa-node.service; else systemctl start milpa-node.service; fi
-  say "running; how it is: milpa-node status --config /etc/milpa/node.toml; what is wrong: milpa-node doctor --config /etc/milpa/node.toml"
+  say "running; how it is: milpa-node status; what is wrong: sudo milpa-node doctor"
 elif [ $changed = yes ]; then
   say "laid under ${root:-/}; no systemd runs here, so nothing was started"
 else

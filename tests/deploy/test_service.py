@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.settings import Web
 from node.settings import read
+from protocol.errors import NotEnough, Unavailable
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "deploy" / "systemd"
@@ -98,6 +100,30 @@ def test_the_settings_offered_as_comments_can_be_taken(tmp_path: Path) -> None:
     settings, _ = read(tmp_path / "node.toml", environment={})
 
     assert (settings.spool.enabled, settings.broker.password_file) == (True, "credential:broker-password")
+    assert settings.update.url == f"http://coordinator:{Web().port}/repository"
+
+
+def test_the_timers_training_is_judged_and_only_a_quiet_site_counts_as_success() -> None:
+    service = unit("milpa-learn.service")["Service"]
+    lines = service["ExecStart"].splitlines()
+
+    assert [line.split()[:3] for line in lines] == [
+        ["/usr/local/bin/milpa-node", "learn", "--judge"], ["/usr/local/bin/milpa-node", "sync", "--config"],
+    ]  # fmt: skip
+    assert {int(code) for code in service["SuccessExitStatus"].split()} == {Unavailable.exit_code, NotEnough.exit_code}
+
+
+@pytest.mark.parametrize("room", ["coordinator", "node", "protocol", "deploy", "docs", "tests", "README.md"])
+def test_nothing_tells_to_install_milpa_from_a_public_index(room: str) -> None:
+    """It is on none: whoever registers the name there would be installed."""
+    files = (
+        [ROOT / room]
+        if "." in room
+        else [path for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".md", ".sh", ".html", ".toml")]
+    )
+    advice = re.compile(r"pip install (-\S+ )*['\"]?milpa\b")
+
+    assert not [str(path) for path in files if advice.search(path.read_text(encoding="utf-8"))]
 
 
 # ---- the script
@@ -116,25 +142,43 @@ def environment(tmp_path: Path) -> Path:
 
 def install(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(SCRIPT), "--root", str(root), *options]
-    alone = os.environ | {"PIP_NO_INDEX": "1"}
+    alone = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(root.parent)}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=alone)
 
 
-def wheel(folder: Path, version: str) -> Path:
-    """The program as a wheel of that version that needs no other package: what it runs is this checkout."""
+def wheel(folder: Path, version: str, *, training: tuple[str, ...] = ()) -> Path:
+    """The program as a wheel of that version that needs no other package, but for training: what it runs is this checkout."""
     path, about = folder / f"milpa-{version}-py3-none-any.whl", f"milpa-{version}.dist-info"
     files = {
         "milpa_here.py": f"import os\ndef main():\n    os.chdir({str(ROOT)!r})\n"
         f"    os.execv({sys.executable!r}, [{sys.executable!r}, '-m', 'node.cli', *os.sys.argv[1:]])\n",
-        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: milpa\nVersion: {version}\n",
+        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: milpa\nVersion: {version}\n"
+        f"Provides-Extra: train\n" + "".join(f"Requires-Dist: {name}; extra == 'train'\n" for name in training),
         f"{about}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{about}/entry_points.txt": "[console_scripts]\nmilpa-node = milpa_here:main\n",
     }
+    return packed(path, about, files)
+
+
+def packed(path: Path, about: str, files: dict[str, str]) -> Path:
     with zipfile.ZipFile(path, "w") as file:
         for name, text in files.items():
             file.writestr(name, text)
         file.writestr(f"{about}/RECORD", "".join(f"{name},,\n" for name in [*files, f"{about}/RECORD"]))
     return path
+
+
+def library(folder: Path, name: str) -> Path:
+    """A library of that name with nothing in it, in the version that constraints.txt asks for."""
+    pinned = re.search(rf"(?m)^{name}==(\S+)", (ROOT / "constraints.txt").read_text())
+    version = pinned[1] if pinned else "1"
+    path, about = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
+    files = {
+        f"{name}/__init__.py": "",
+        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    return packed(path, about, files)
 
 
 def laid(root: Path) -> dict[str, bytes]:
@@ -169,7 +213,7 @@ def test_installing_again_changes_nothing_and_keeps_what_the_operator_wrote(tmp_
 
 def test_the_script_makes_its_own_environment_and_calls_only_another_program_a_change(tmp_path: Path) -> None:
     options = ("--python", sys.executable, "--source")
-    old, new = wheel(tmp_path, "0.0.1"), wheel(tmp_path, "0.0.2")
+    old, new = (wheel(tmp_path, version, training=("torch",)) for version in ("0.0.1", "0.0.2"))  # which is not here: nobody asked for it
 
     first, again, later = (install(tmp_path / "root", *options, str(source)) for source in (old, old, new))
 
@@ -177,6 +221,30 @@ def test_the_script_makes_its_own_environment_and_calls_only_another_program_a_c
     assert "nothing to do" in again.stderr, again.stderr
     assert later.returncode == 0 and "nothing to do" not in later.stderr
     assert (tmp_path / "root/usr/local/bin/milpa-node").readlink() == Path("/usr/local/lib/milpa/venv/bin/milpa-node")
+
+
+def test_training_is_installed_when_asked_for_and_every_upgrade_keeps_it(tmp_path: Path) -> None:
+    for name in ("torch", "newly_needed"):
+        library(tmp_path, name)
+    options = ("--python", sys.executable, "--source")
+    old, new = wheel(tmp_path, "0.0.1", training=("torch",)), wheel(tmp_path, "0.0.2", training=("torch", "newly_needed"))
+
+    def has() -> set[str]:
+        (packages,) = (tmp_path / "root/usr/local/lib/milpa/venv/lib").glob("python3*/site-packages")
+        return {"torch", "newly_needed"} & {path.name for path in packages.iterdir()}
+
+    asked = install(tmp_path / "root", *options, str(old), "--train")
+    with_it = has()
+    later = install(tmp_path / "root", *options, str(new))
+
+    assert (asked.returncode, later.returncode) == (0, 0), asked.stderr + later.stderr
+    assert (with_it, has()) == ({"torch"}, {"torch", "newly_needed"})
+
+
+def test_training_cannot_be_asked_for_where_nothing_is_installed(tmp_path: Path, environment: Path) -> None:
+    done = install(tmp_path / "root", "--environment", str(environment), "--train")
+
+    assert done.returncode == 1 and "install milpa with its extra 'train' there" in done.stderr
 
 
 def test_a_unit_that_differs_is_replaced(tmp_path: Path, environment: Path) -> None:

@@ -67,7 +67,7 @@ class SuperLink:
 
 @pytest.fixture(scope="session")
 def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
-    pytest.importorskip("flwr", reason="pip install 'milpa[sync]'")
+    pytest.importorskip("flwr", reason="pip install -e '.[sync]'")
     found = SuperLink(tmp_path_factory.mktemp("superlink") / "state")
     found.start()
     yield found

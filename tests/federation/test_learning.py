@@ -60,7 +60,7 @@ def test_no_example_is_both_trained_on_and_held_out() -> None:
 
 @pytest.fixture(scope="module")
 def active(tmp_path_factory: pytest.TempPathFactory) -> ActiveRelease:
-    pytest.importorskip("torch", reason="pip install 'milpa[train]'")
+    pytest.importorskip("torch", reason="pip install -e '.[train]'")
     from protocol.models.checkpoint import Checkpoint
     from protocol.models.lora import initial_adapter, write_adapter_gguf
     from tests.tiny import tiny_gguf

