@@ -98,7 +98,7 @@ class Farm:
 
 @pytest.fixture(scope="session")
 def farm(tmp_path_factory: pytest.TempPathFactory) -> Farm:
-    pytest.importorskip("torch", reason="pip install 'milpa[train]'")
+    pytest.importorskip("torch", reason="pip install -e '.[train]'")
     return Farm(tmp_path_factory.mktemp("farm"))
 
 

@@ -467,7 +467,7 @@ def test_without_the_extension_exact_answers_go_on(remembering: Any, monkeypatch
     node = remembering("near")
     season(node, 3)
 
-    with pytest.raises(NoVectors, match="pip install"):
+    with pytest.raises(NoVectors, match="install-node.sh again"):
         node.memory.making.step()
     assert node.answer(f"{WORDS['leak']} 1").recalled.match == "exact"
 
@@ -648,7 +648,7 @@ def test_the_doctor_names_the_libraries_that_are_missing(tmp_path: Path, monkeyp
 
     found = remembered.memory(settings(tmp_path, memory__use="examples"), running={})
 
-    assert "apsw and sqlite_vec" in found.found and "pip install" in found.advice
+    assert "apsw and sqlite_vec" in found.found and "install-node.sh again" in found.advice
 
 
 @pytest.mark.llama
