@@ -19,21 +19,21 @@ SECRET_LIMIT = 4_096  # bytes of a password file
 class Store(msgspec.Struct, frozen=True):
     """Where the coordinator keeps what it owns: the ledger's file, the signed repository, keys."""
 
-    dir: str = "milpa-store"
+    dir: str = "milpa-store"  # the folder; made at the first start
 
 
 class LedgerSection(msgspec.Struct, frozen=True):
     """The database. Empty `url`: SQLite in the store."""
 
-    url: str = ""
+    url: str = ""  # of another database, "postgresql+psycopg://milpa@host/milpa"
     password_file: str = ""  # PostgreSQL's password, apart from the URL
 
 
 class Web(msgspec.Struct, frozen=True):
     """The dashboard, the repository and the health pages: one HTTP port."""
 
-    host: str = "127.0.0.1"
-    port: int = 8080
+    host: str = "127.0.0.1"  # address to listen on
+    port: int = 8080  # 0: any free one, printed at the start
     tls_elsewhere: bool = False  # a reverse proxy ends TLS in front: cookies are Secure, no warning about an open bind
     timezone: str = "UTC"  # for times on the dashboard: "America/Managua"
     silent_after_s: int = 900  # a node that said nothing for so long is silent: three heartbeats of five minutes
@@ -42,13 +42,13 @@ class Web(msgspec.Struct, frozen=True):
 class Broker(msgspec.Struct, frozen=True):
     """The MQTT 5 broker. Empty `host`: none, the dashboard shows what the ledger has."""
 
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # name or address; empty: none
     port: int = 1883
-    username: str = ""
-    password_file: str = ""
-    ca_file: str = ""
-    cert_file: str = ""
-    key_file: str = ""
+    username: str = ""  # "coordinator", by the access list of deploy/broker.py
+    password_file: str = ""  # a file with the password, one line
+    ca_file: str = ""  # who signs the broker's certificate (PEM); empty: no TLS
+    cert_file: str = ""  # the coordinator's own certificate (PEM), where the broker wants one
+    key_file: str = ""  # and its key
 
 
 class Repository(msgspec.Struct, frozen=True):
