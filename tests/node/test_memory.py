@@ -269,6 +269,7 @@ def test_patterns_are_bounded_and_never_pruned(remembering: Any, monkeypatch: py
 # ---- sharing
 
 
+@pytest.mark.rule("event-3")
 def test_nothing_leaves_that_the_operator_did_not_mark(remembering: Any) -> None:
     node = remembering()
     confirm(node, "tank 3 bar")
@@ -279,6 +280,7 @@ def test_nothing_leaves_that_the_operator_did_not_mark(remembering: Any) -> None
     assert node.asking.events == []
 
 
+@pytest.mark.rule("event-3")
 def test_a_marked_pattern_leaves_once(remembering: Any) -> None:
     node = remembering()
     added = pattern(node, shareable=True)
