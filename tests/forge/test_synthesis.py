@@ -1,4 +1,4 @@
-"""Samples of a teacher become rows: gated, scored, resumable to the row."""
+"""Samples of a teacher become rows: gated, scored, resumable."""
 
 import signal
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 from coordinator.forge.synthesis.audit import Audit, audit
 from coordinator.forge.synthesis.mixing import mixed, training_records
-from coordinator.forge.synthesis.rows import Hypothesis, Row, RowLog, key_of, read_rows
+from coordinator.forge.synthesis.rows import Hypothesis, Row, RowLog, key_of, read_header, read_rows
 from coordinator.forge.synthesis.sampling import Plan, synthesise
 from coordinator.forge.synthesis.scoring import WEIGHTS, Candidate, Judge, Signals, agreement, consistency
 from protocol.errors import BadInput, MalformedMessage, NotEnough, Unavailable, WrongDigest
@@ -135,6 +135,26 @@ def test_shards_together_are_the_whole(tmp_path: Path) -> None:
     parts = [row for number in range(3) for row in read_rows(tmp_path / f"{number}")]
 
     assert sorted(parts, key=lambda row: row.key) == sorted(read_rows(tmp_path / "whole"), key=lambda row: row.key)
+
+
+def test_shards_join_into_one_file_once_and_only_of_one_plan(tmp_path: Path) -> None:
+    run(tmp_path / "whole", 30)
+    for number in range(2):
+        run(tmp_path / f"{number}", 30, shard=f"{number}/2")
+    plan = dict(read_header(tmp_path / "whole").plan)
+
+    with RowLog(tmp_path / "joined", plan) as log:
+        for part in ("0", "1", "0"):
+            log.join(tmp_path / part)
+    with (
+        RowLog(tmp_path / "other", plan | {"back": "another translator"}) as log,
+        pytest.raises(WrongDigest, match="back '', not 'another"),
+    ):
+        log.join(tmp_path / "0")
+
+    joined = list(read_rows(tmp_path / "joined"))
+    assert len(joined) == 30
+    assert {row.key: row for row in joined} == {row.key: row for row in read_rows(tmp_path / "whole")}
 
 
 def test_rows_of_another_plan_are_never_appended(tmp_path: Path) -> None:

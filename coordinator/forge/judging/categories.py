@@ -10,7 +10,7 @@ where the answer is in English or Spanish, whose word lists are here (`not_read`
  * negation         it has a word that denies. Kept: so has the answer. (Which word is denied is not looked at.)
  * plain            none of these three.
  * length: short | medium | long      up to 5, up to 12, more words in the reference.
- * language: es     the language that the answer has to be in. Kept: the answer has no more function words of another language than of this one.
+ * language: es     the language of the answer. Kept: the answer has no more function words of another language than of this one.
  * verdicts: power  verdict tasks: the group of the true verdict (GROUPS).
  * site: esteli     the record's site, where it has one.
 A rule by word lists errs: a translation may deny by "lack", a name may be translated. Such errors strike every model that is compared

@@ -51,10 +51,21 @@ class Audit(msgspec.Struct, frozen=True):
     suspect_ci: tuple[float, float]  # 95%, Wilson
     verdicts: tuple[Verdict, ...]  # suspects first
 
+    @property
+    def sentence(self) -> str:
+        """One line for people."""
+        low, high = self.suspect_ci
+        return f"{self.teacher} suspects {self.suspect:.1%} of {self.audited} targets ({low:.1%} to {high:.1%})"
+
     def plain(self) -> dict[str, Any]:
-        """As JSON would have it, for the evidence bundle."""
+        """As JSON would have it."""
         found: dict[str, Any] = msgspec.to_builtins(self)
         return found
+
+    def without_texts(self) -> "Audit":
+        """The same with the verdicts' figures only, for a lineage that others read: their ids lead back to the texts."""
+        bare = (msgspec.structs.replace(verdict, source="", target="") for verdict in self.verdicts)
+        return msgspec.structs.replace(self, verdicts=tuple(bare))
 
 
 def audit(

@@ -3,15 +3,18 @@
 Rules:
  * A row is named by its content (task, source, language, known verdict), so a source that stands twice in the input is asked once.
  * Nothing is lost: what was refused is in the row with the gate's reason, and a row stands also where nothing was kept.
- * A batch is one write, forced to the disk. After kill -9 a torn last line is cut off and its source asked again; no other is lost, none is
-   doubled. One process writes at a time, held by a lock on the file; any number may read.
- * The first line names the plan (teacher, task, samples, seed, shard); rows of another plan are never appended.
+ * A batch is one write, forced to the disk. After kill -9 a torn last line is cut off; its source is asked again, and so are those of the
+   batch that was not written yet. No row that was written is lost, none is doubled. One process writes at a time, held by a lock on the
+   file; any number may read.
+ * The first line names the plan (teacher, task, samples, seed, shard); rows of another plan are never appended. Those of the same plan's
+   other shards can be joined, so that the workers' files become one.
 Limits: the keys of all rows are in memory, 100 bytes each; rows are not.
 """
 
 import fcntl
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -22,7 +25,8 @@ from protocol.digests import digest_value
 from protocol.errors import BadInput, MalformedMessage, Unavailable, WrongDigest
 from protocol.tasks import Record
 
-VERSION = 1  # raise it when gates or scores change, so that old rows are not gone on with
+VERSION = 2  # raise it when gates or scores change, so that old rows are not gone on with
+JOINED = 1000  # rows in memory while files are joined
 
 
 class Hypothesis(msgspec.Struct, frozen=True):
@@ -91,6 +95,7 @@ class RowLog:
                 raise WrongDigest(
                     f"{path} holds rows of another plan ({_difference(found.plan, header.plan)}); use another file or delete it"
                 )
+            self._plan = header.plan
             self.keys = {row.key for row in read_rows(path)}
         except BaseException:
             self._file.close()
@@ -104,6 +109,20 @@ class RowLog:
         new = list({row.key: row for row in rows if row.key not in self.keys}.values())
         self._write(b"".join(msgspec.json.encode(row) + b"\n" for row in new))
         self.keys |= {row.key for row in new}
+
+    def join(self, path: Path) -> None:
+        """Add the rows of another worker's file.
+
+        Raises:
+            WrongDigest: its plan differs in more than the shard.
+            BadInput, MalformedMessage: as `read_rows`.
+        """
+        theirs = read_header(path).plan | {"shard": self._plan["shard"]}
+        if theirs != self._plan:
+            raise WrongDigest(f"{path} holds rows of another plan ({_difference(theirs, self._plan)}); join what the same command wrote")
+        rows = read_rows(path)
+        while part := list(islice(rows, JOINED)):
+            self.append(part)
 
     def close(self) -> None:
         """Let others write."""

@@ -4,7 +4,7 @@
   is low. Where two samples agree, a third says the same. (The 2-sample pre-filter of TranslateGemma, by agreement instead of MetricX.)
 * Gates first, then the consistency score; the `keep` best texts stay, not only the best one (MBR-n, Wang et al. 2024, arXiv 2407.10456).
 * What a source gets depends on the plan and on itself alone: not on the batch, the shard, or where a run was killed.
-* Work is shared by hash (`forge.sharing`): each worker has a file of its own, and the files together are the whole.
+* Work is shared by hash (`forge.sharing`): each worker has a file of its own, and the files together are the whole (`RowLog.join`).
 """
 
 import time
@@ -23,7 +23,7 @@ from protocol.errors import BadInput, TooLarge
 from protocol.tasks import Record, Task
 
 FIRST = 2  # samples that every source gets
-BATCH = 32  # sources asked together and written together: what a kill costs at most
+BATCH = 32  # sources asked together and written together: those that a kill asks again at most, with all their samples
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -124,10 +124,10 @@ def summary(rows: Iterable[Row], plan: Plan) -> Summary:
     return Summary(sources, kept, texts, samples, saved, dict(refused.most_common()), 0, 0, 0.0)
 
 
-def plan_of(teacher: Teacher, task: Task, plan: Plan, *, worker: Worker, signals: Sequence[str]) -> dict[str, Any]:
-    """What the first line of a file of rows says; another plan, another file."""
+def plan_of(teacher: Teacher, task: Task, plan: Plan, *, worker: Worker, signals: Sequence[str], back: str = "") -> dict[str, Any]:
+    """What the first line of a file of rows says; another plan, another file. `back`: digest of the translator back, if any."""
     return {"teacher": teacher.digest, "name": teacher.name, "task": task.name, "template": task.template, "signals": sorted(signals),
-            "shard": f"{worker.number}/{worker.of}", **msgspec.to_builtins(plan)}  # fmt: skip
+            "back": back, "shard": f"{worker.number}/{worker.of}", **msgspec.to_builtins(plan)}  # fmt: skip
 
 
 def more_pays(hypotheses: Sequence[Hypothesis], refused: Sequence[Refused], plan: Plan) -> str:
