@@ -68,9 +68,14 @@ class Tokenizer:
         return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
 
     @cached_property
+    def pieces(self) -> list[str]:
+        """All pieces by id, as `Checkpoint.vocabulary` holds them."""
+        return [llama_cpp.llama_vocab_get_text(self._vocab, token).decode() for token in range(self.size)]
+
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 of all pieces in order, as `Checkpoint.vocabulary` holds them: two models with the same one share their ids."""
-        return digest_value([llama_cpp.llama_vocab_get_text(self._vocab, token).decode() for token in range(self.size)])
+        """SHA-256 of all pieces in order: two models with the same one share their ids."""
+        return digest_value(self.pieces)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; control tokens vanish, bytes that are not UTF-8 become U+FFFD."""

@@ -32,11 +32,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def given(teacher: Path, records: list[Record], folder: Path, worker: Worker | None = None) -> CaptureResult:
+def given(teacher: Path, records: list[Record], folder: Path, worker: Worker | None = None, *, replace: bool = False) -> CaptureResult:
     checkpoint, worker = Checkpoint.read(teacher), worker or Worker()
     with Tokenizer(teacher) as tokenizer, TargetCache(folder, header_of(checkpoint, k=20), worker=worker) as cache:
         model = to_torch(checkpoint)
-        _, result = capture(model, tokenizer, RANCH, records, cache=cache, log=log_of(folder, worker), answers="given")
+        log = log_of(folder, worker)
+        _, result = capture(model, tokenizer, RANCH, records, cache=cache, log=log, answers="given", replace=replace)
     return result
 
 
@@ -75,6 +76,65 @@ def test_a_capture_killed_between_cache_and_log_doubles_nothing(tiny: Path, tmp_
 
     assert TargetCache.open(tmp_path).size == size
     assert len(captured_in(tmp_path)) == 6
+
+
+@pytest.mark.parametrize("kind", ["damaged", "gone"])
+def test_a_view_that_was_lost_is_captured_again_and_no_other(
+    kind: str, tiny: Path, tmp_path: Path, records: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given(tiny, records(6), tmp_path)
+    shard = tmp_path / "shard-0-of-1-0000.bin"
+    data = bytearray(shard.read_bytes())
+    data[60] ^= kind == "damaged"
+    shard.write_bytes(data if kind == "damaged" else data[:-1])
+    monkeypatch.setattr(capturing, "views", only(1, capturing.views))
+
+    result = given(tiny, records(6), tmp_path)
+
+    assert (result.records, result.again) == (6, 1)
+    assert sorted(one.id for one in captured_in(tmp_path)) == [f"r{i}" for i in range(6)]
+    with TargetCache.open(tmp_path) as cache:
+        assert all(cache.get(example) is not None for example in examples_of(captured_in(tmp_path)))
+        assert cache.size == len(data)
+
+
+def test_a_record_that_changed_under_its_id_is_refused_or_captured_in_place_of_the_old_one(
+    tiny: Path, tmp_path: Path, records: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given(tiny, records(6), tmp_path)
+    edited = records(6)
+    edited[2] = msgspec.structs.replace(edited[2], source="tank low; nota", target="leak: otra cosa", verdict="leak")
+
+    with pytest.raises(BadInput, match=r"1 records, r2 for one, are not those .* --replace .* rename it or capture into another folder"):
+        given(tiny, edited, tmp_path)
+    monkeypatch.setattr(capturing, "views", only(1, capturing.views))
+    result = given(tiny, edited, tmp_path, replace=True)
+
+    assert (result.records, result.again) == (6, 1)
+    with Tokenizer(tiny) as tokenizer:
+        assert sorted(examples_of(captured_in(tmp_path))) == sorted(make_example(tokenizer, RANCH, record) for record in edited)
+    assert given(tiny, edited, tmp_path).again == 0
+
+
+def test_another_file_of_the_same_name_is_not_taken_for_what_is_done(tiny: Path, tmp_path: Path) -> None:
+    def captured(folder: str, text: str) -> int:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.tsv").write_text(text, encoding="utf-8")
+        return CliRunner().invoke(
+            coordinator.cli.complete(),
+            ["capture", "--teacher", str(tiny), "--pairs", str(tmp_path / folder / "train.tsv"), "--out", str(tmp_path / "cache")],
+        ).exit_code  # fmt: skip
+
+    assert captured("one", "the water\tel agua\n") == 0
+    assert captured("two", "the tank\tel tanque\n") != 0
+    assert len(captured_in(tmp_path / "cache")) == 1
+
+
+def test_two_records_of_one_name_are_refused(tiny: Path, tmp_path: Path, records: Make) -> None:
+    twice = [*records(2), msgspec.structs.replace(records(1)[0], target="leak: otra cosa")]
+
+    with pytest.raises(BadInput, match="two different records are called 'r0'"):
+        given(tiny, twice, tmp_path)
 
 
 def test_answers_of_the_other_kind_are_not_mixed_into_a_capture(tiny: Path, tmp_path: Path, records: Make) -> None:

@@ -97,8 +97,8 @@ class TargetCache:
         for shard, damaged in cache._damaged.items():
             lost = sum(one.end - one.start for one in damaged)
             raise WrongDigest(
-                f"{shard} is damaged at byte {damaged[0].start} ({lost} bytes of {shard.stat().st_size} are no records): run the same capture "
-                f"into {folder} again, which makes anew what they held and keeps the rest; where there is none, delete the folder"
+                f"{shard} is damaged at byte {damaged[0].start} ({lost} bytes of {shard.stat().st_size} are no records): "
+                f"run the same capture into {folder} again, which makes anew what they held and keeps the rest, or delete the folder"
             )
         return cache
 

@@ -33,6 +33,10 @@ from protocol.tasks import Record, Task
 
 CONTEXT = 512  # tokens of a prompt and its answer; a few-shot prompt needs more
 SAMPLES_LIMIT = 128  # answers a prompt; more says little new and costs a day
+OTHER_VOCABULARY = (
+    "log-probabilities over other ids say nothing to a student. Name a file with the teacher's vocabulary, or let it teach by its texts "
+    "(milpa-coordinator synthesise)"
+)
 KEY_VARIABLE = "MILPA_TEACHER_KEY"  # environment: a server's API key; never in a command line, where others can read it
 
 
@@ -102,7 +106,7 @@ def open_teacher(spec: str, *, threads: int = 1, context: int = CONTEXT, vocabul
             "command:PROGRAM ARGUMENTS" (texts in, texts out, blank lines between), "file:PAIRS.tsv".
         threads: for a model that runs here.
         context: tokens of one prompt and its answer, for a GGUF under llama.cpp; more for few-shot prompts, memory grows with it.
-        vocabulary: a GGUF with the student's vocabulary; a server that shows the same token ids is then open.
+        vocabulary: a GGUF with the student's vocabulary; a server that shows the same token ids is then open, a folder speaks in them.
 
     Raises:
         UnknownName: not of these forms.
@@ -125,7 +129,9 @@ def open_teacher(spec: str, *, threads: int = 1, context: int = CONTEXT, vocabul
     if colon and kind == "hf":
         from coordinator.forge.teachers.hf import CheckpointTeacher, FolderTeacher
 
-        return CheckpointTeacher(Path(rest), threads=threads) if rest.endswith(".gguf") else FolderTeacher(Path(rest), threads=threads)
+        if rest.endswith(".gguf"):
+            return CheckpointTeacher(Path(rest), threads=threads)
+        return FolderTeacher(Path(rest), threads=threads, vocabulary=vocabulary)
     if spec.endswith(".gguf"):
         from coordinator.forge.teachers.gguf import GgufTeacher
 
@@ -133,6 +139,14 @@ def open_teacher(spec: str, *, threads: int = 1, context: int = CONTEXT, vocabul
     raise UnknownName(
         f"no teacher is called {spec!r}: say MODEL.gguf, hf:FOLDER, http://HOST:PORT/v1#MODEL, command:PROGRAM ARGUMENTS or file:PAIRS.tsv"
     )
+
+
+def model_file(spec: str) -> Path | None:
+    """The GGUF that `spec` names, whose vocabulary is the teacher's; None for teachers that are none."""
+    kind, colon, rest = spec.partition(":")
+    if not spec.endswith(".gguf") or (colon and kind in ("http", "https", "command", "file")):
+        return None
+    return Path(rest if colon and kind == "hf" else spec)
 
 
 def asked(teacher: Teacher, task: Task, records: Sequence[Record]) -> list[str]:

@@ -4,7 +4,8 @@ Rules:
  * Nothing is fetched: a folder is on this machine or it is refused; code that comes with a model is never run; weights are safetensors.
  * `CheckpointTeacher` computes with our own forward pass (`torch_model`), the one that the student is trained and captured with.
  * `FolderTeacher` knows a model only by what every causal model of transformers has: `model(input_ids, attention_mask, position_ids,
-   past_key_values)`. Its graphics card is used if there is one.
+   past_key_values)`. Its graphics card is used if there is one. Told a student's vocabulary, it is compared piece by piece: where both have
+   an id it must mean the same, and what either pads its table with is left out (models have more rows than pieces, some GGUFs too).
 Limits: rows are padded to the longest of their batch; a model without a key-value cache (state space models) is refused.
 """
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from coordinator.forge.targets.cache import Targets
 from coordinator.forge.targets.score import Predictions, likelihood_of, predictions, top_of
-from coordinator.forge.teachers import Said, check_request
+from coordinator.forge.teachers import OTHER_VOCABULARY, Said, check_request
 from coordinator.forge.teachers.sampling import check_examples, chosen_log_probs, to_said
 from protocol.digests import digest_file, digest_value
 from protocol.errors import BadInput, TooLarge, Unavailable
@@ -29,6 +30,7 @@ from protocol.models.torch_model import best_dtype, drawn, draws, generate, to_t
 ROWS = 64  # answers generated together
 BATCH_TOKENS = 2048  # tokens scored together, padding included
 LOGITS_BYTES = 256 << 20  # of one batch's logits: at 262k tokens of vocabulary, 256 positions
+PADDING = 1024  # pieces that one table may have more than the other; the largest seen is 905 (Phi: 51,200 rows, 50,295 pieces)
 DECIDING = (".safetensors", ".json", ".model", ".txt", ".jinja")  # files of a folder that decide its answers
 
 
@@ -158,10 +160,12 @@ class FolderTeacher(_TorchTeacher):
     """Any causal language model with its tokenizer, as `save_pretrained` leaves them in a folder.
 
     Raises:
-        BadInput: no such folder, or no such model in it.
+        BadInput: no such folder, no such model in it, or another vocabulary than the one given.
     """
 
-    def __init__(self, folder: Path, *, threads: int = 1, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, threads: int = 1, dtype: torch.dtype | None = None, vocabulary: Path | None = None
+    ) -> None:  # fmt: skip
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         if not (folder / "config.json").is_file():
@@ -183,11 +187,23 @@ class FolderTeacher(_TorchTeacher):
         self.vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
         pieces = self._tokens.convert_ids_to_tokens(list(range(len(self._tokens))))
         self.tokenizer = digest_value(pieces)
+        if vocabulary is not None:
+            self._speak(vocabulary, pieces)
         self.room = int(getattr(self._model.config, "max_position_embeddings", None) or 4096)
         told = self._model.generation_config.eos_token_id
         ends = {self._tokens.eos_token_id, *(told if isinstance(told, list) else [told])} - {None}
         breaks = {token for token in range(len(pieces)) if "\n" in self._tokens.decode([token])}
         self.ends = frozenset(ends | breaks)
+
+    def _speak(self, vocabulary: Path, pieces: Sequence[str | None]) -> None:
+        """Take the ids of the GGUF `vocabulary` for ours, if they are."""
+        with Tokenizer(vocabulary) as text:
+            if abs(text.size - len(pieces)) > PADDING:
+                raise BadInput(f"{self.name} has {len(pieces)} pieces, {vocabulary.name} {text.size}: {OTHER_VOCABULARY}")
+            for token, (ours, theirs) in enumerate(zip(pieces, text.pieces, strict=False)):
+                if ours is not None and ours.replace("▁", " ") != theirs.replace("▁", " "):  # GGUFs spell some spaces out
+                    raise BadInput(f"{self.name} means {ours!r} by id {token}, {vocabulary.name} {theirs!r}: {OTHER_VOCABULARY}")
+            self.tokenizer, self.vocabulary = text.digest, text.size
 
     def close(self) -> None:
         """Free the memory. A second call does nothing."""
@@ -252,7 +268,7 @@ class FolderTeacher(_TorchTeacher):
             keep = max(len(examples[at].target) for at in places)
             out = self._model(input_ids=ids, attention_mask=seen, position_ids=positions, use_cache=False, logits_to_keep=keep)
             for at, logits in zip(places, out.logits.float().cpu(), strict=True):
-                yield at, logits[keep - len(examples[at].target) :]
+                yield at, logits[keep - len(examples[at].target) :, : self.vocabulary]
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows padded on the left: ids, attention mask and positions, (rows, T) each."""
