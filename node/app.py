@@ -100,13 +100,13 @@ class Daemon:
             self.store = Store(state / "node.db")
             self.slots = Slots(state, role=settings.node.role)
             self.link = Link(settings, self.store.engine)
+            self.judge = self._judge()
             self.messaging = self._messaging()
             self.model = LiveModel(
                 self.worker, self.slots, settings.model, updates=bool(settings.update.url),
                 on_change=self._model_changed,
             )  # fmt: skip
             self.memory = self._memory()
-            self.judge = self._judge()
             self.answering = Answering(
                 self.store, self.worker, node=settings.node.name, site=settings.site, judge=self.judge,
                 asking=self.messaging.asker if self.messaging else None, clock=self.clock, watch=self.metrics,
@@ -186,7 +186,9 @@ class Daemon:
     def _messaging(self) -> Messaging | None:
         if not self.settings.broker.host:
             return None
-        return Messaging(self.settings, self.store, self.worker, boot=self.boot, describe=self._describe, link=self.link, clock=self.clock)
+        return Messaging(
+            self.settings, self.store, self.worker, self.judge, boot=self.boot, describe=self._describe, link=self.link, clock=self.clock
+        )  # fmt: skip
 
     def _model_changed(self) -> None:
         """Another release or adapter answers."""

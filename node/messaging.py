@@ -11,13 +11,14 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
+from node.confidence.judging import Judge
 from node.engine.worker import Worker
 from node.escalation import presence
 from node.escalation.asking import Asker
 from node.escalation.choosing import Me
 from node.escalation.radio import Gateway, Radio, stored_prompt
 from node.escalation.reporting import Reporter
-from node.escalation.serving import Server, with_worker
+from node.escalation.serving import Judged, Server
 from node.link import Link
 from node.settings import NodeSettings
 from node.store import AnswerRow, Store
@@ -38,6 +39,7 @@ class Messaging:
     """The node's side of MQTT. Built with the node, started after its model.
 
     Args:
+        judge: of this node's answers, those to other nodes too: one budget.
         describe: the node's state now, for its status; what others choose their peers by is added here.
         link: counts and limits what goes over the link; None: nothing does.
     """
@@ -47,6 +49,7 @@ class Messaging:
         settings: NodeSettings,
         store: Store,
         worker: Worker,
+        judge: Judge,
         *,
         boot: str,
         describe: Callable[[], Status],
@@ -79,7 +82,7 @@ class Messaging:
         if peers.ask or peers.ask_groups:
             self._ask_others()
         if peers.serve:
-            self._answer_others()
+            self._answer_others(judge)
 
     def _ask_others(self) -> None:
         peers = self._settings.peers
@@ -99,12 +102,12 @@ class Messaging:
             self._listen_to(peer)
         self.session.subscribe(topics.replies_to(self.name), self.asker.heard)
 
-    def _answer_others(self) -> None:
+    def _answer_others(self, judge: Judge) -> None:
         peers = self._settings.peers
         self._server = Server(
-            self.name, self.outbox, with_worker(self._worker, budget=self._settings.model.budget), engine=self._store.engine,
-            groups=peers.serve_groups, hand_on=self._hand_on, on_load=self.announce, queue_limit=peers.queue, hop_limit=peers.hops,
-            clock=self._clock,
+            self.name, self.outbox, Judged(self._worker, judge), engine=self._store.engine,
+            groups=peers.serve_groups, hand_on=self._hand_on if self.asker else None, on_load=self.announce, queue_limit=peers.queue,
+            hop_limit=peers.hops, clock=self._clock,
         )  # fmt: skip
         self.session.subscribe(topics.questions_to(self.name), self._server.heard)
         for group in peers.serve_groups:

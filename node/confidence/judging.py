@@ -1,4 +1,4 @@
-"""Judges each local answer by the site's budget, remembers how, and moves the shipped curve by what was confirmed.
+"""Judges each answer of this node's model by the node's budget, remembers how, and moves the shipped curve by what was confirmed.
 
 Rules:
  * A row of `judged` is written in the transaction that writes the answer: a kill loses neither or both. At start the last rows say
@@ -7,6 +7,8 @@ Rules:
  * The tracker sees the confidences as shipped. A refit is a rising curve over them, so who is asked does not depend on it.
  * A refit learns from answers that were to be asked, of verdict tasks. A text's confirmed answer does not say whether a teacher would
    have been better by the calibration's margin, and what an operator corrects unasked is what looked wrong to him.
+ * A question of another node that may be handed on is judged, paid and remembered like an answer of the site, from the one budget. It is
+   never asked only to check, and a refit does not read it: what comes of it is the other site's.
 Limits: LOG_KEPT rows of about 120 bytes; refits from the newest OUTCOMES_READ.
 """
 
@@ -19,7 +21,6 @@ from typing import Any
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
 
 from node.confidence.budget import DAY_S, SLOT_S, WINDOW, Budget, Cost, Decision, Spent, Tracker
 from node.confidence.refit import Outcome, Refit, refit
@@ -42,6 +43,7 @@ from protocol.confidence import (
 from protocol.digests import digest_bytes
 from protocol.errors import MilpaError
 from protocol.models.generation import Generation
+from protocol.outbox import Executes
 from protocol.reasons import Why
 from protocol.tasks import Answer, Task, task_named
 
@@ -50,7 +52,8 @@ OUTCOMES_READ = 4_000
 REFIT_S = 3_600.0  # seconds between looks at what was confirmed
 ENVELOPE_BYTES = 900  # of a question and its reply beside the prompt: two JSON messages, MQTT, TLS and TCP headers; a stated estimate
 AGREE_BAND = 2.0  # samples are taken of answers among the least sure `AGREE_BAND * planned share`; elsewhere they decide nothing
-SAMPLES_S = 5.0  # seconds that samples may take
+SAMPLES_S = 5.0  # seconds that samples may take,
+SAMPLES_SHARE = 0.5  # and of the time left until the answer is due: it must still be stored and sent
 RECENT = 1_000  # answers over which the realised share is told
 
 log = logging.getLogger("milpa.node")
@@ -78,7 +81,8 @@ refits = sa.Table(
     sa.Column("refit", sa.LargeBinary, nullable=False),  # JSON of a Refit
 )  # fmt: skip
 
-Samples = Callable[[Task, str, int, float], list[Generation]]  # task, prompt, how many, temperature; raises MilpaError when not now
+# task, prompt, how many, temperature, within how many seconds; raises MilpaError when not now
+Samples = Callable[[Task, str, int, float, float], list[Generation]]
 
 
 class Ruling(msgspec.Struct, frozen=True):
@@ -125,8 +129,13 @@ class Judge(Part):
         metadata.create_all(store.engine)
         self._restore()
 
-    def rule(self, task: Task, answer: Answer, spoken: Spoken, *, prompt: str) -> Ruling:
-        """Judge one local answer. It counts at once; write it down with `remember`."""
+    def rule(self, task: Task, answer: Answer, spoken: Spoken, *, prompt: str, left_s: float, audits: bool = True) -> Ruling:
+        """Judge one answer that may be asked of a peer. It counts at once; write it down with `remember`.
+
+        Args:
+            left_s: seconds until the answer is due; samples take some of them, or are not taken.
+            audits: whether it may be asked, though sure, to check.
+        """
         values = features(spoken.generation)
         in_form = bool(answer.verdict) or not task.codes
         now = self._clock()
@@ -135,12 +144,17 @@ class Judge(Part):
             calibration = self._calibration
             cost = self._cost = Cost(ENVELOPE_BYTES + len(prompt.encode()), self._joules)
         sure = confidence(values, calibration, in_form=in_form)
-        alike = self._agreement(task, answer, sure, calibration, prompt, cost, now) if in_form else None
+        alike = self._agreement(task, answer, sure, calibration, prompt, cost, now, left_s) if in_form and left_s > 0 else None
         if alike is not None:
             sure = confidence(values, calibration, agreement=alike)
         with self._lock:
             decision = self._tracker.decide(
-                sure, cost=cost, now=now, luck=self._random.random(), audit_luck=self._random.random(), ask_if_sure=in_form
+                sure,
+                cost=cost,
+                now=now,
+                luck=self._random.random(),
+                audit_luck=self._random.random(),
+                ask_if_sure=in_form and audits,
             )
             told, limit = self._refit.apply(sure), self._refit.apply(decision.threshold)
             notes = [*([] if calibration else [Why("not-calibrated")]), *([Why("refitted")] if self._refit.used else []), decision.plan.why]
@@ -153,8 +167,15 @@ class Judge(Part):
         }  # fmt: skip
         return Ruling(judgement, row)
 
-    def remember(self, session: Session, answer: str, ruling: Ruling) -> None:
-        """Write the ruling down, inside the caller's transaction, beside the answer with that id."""
+    def confidence(self, task: Task, answer: Answer, spoken: Spoken) -> float:
+        """How sure the model is of an answer that nobody can be asked about. It counts against no budget, and nothing is kept of it."""
+        in_form = bool(answer.verdict) or not task.codes
+        with self._lock:
+            self._follow(spoken.speaker)
+            return self._refit.apply(confidence(features(spoken.generation), self._calibration, in_form=in_form))
+
+    def remember(self, session: Executes, answer: str, ruling: Ruling) -> None:
+        """Write the ruling down, inside the caller's transaction, under the id of the answer, or of the reply to another node."""
         session.execute(sa.insert(judged).values(answer=answer, **ruling.row))
 
     def sweep(self) -> None:
@@ -265,7 +286,7 @@ class Judge(Part):
         )
 
     def _agreement(
-        self, task: Task, answer: Answer, sure: float, calibration: Calibration | None, prompt: str, cost: Cost, now: float
+        self, task: Task, answer: Answer, sure: float, calibration: Calibration | None, prompt: str, cost: Cost, now: float, left_s: float
     ) -> float | None:
         """The samples' agreement, where the calibration knows what to make of it, it may decide something, and there is energy."""
         if self._samples is None or calibration is None or calibration.agreed is None or not self._may_agree():
@@ -275,7 +296,8 @@ class Judge(Part):
         if not near:
             return None
         try:
-            said = self._samples(task, prompt, calibration.agreed.samples, calibration.agreed.temperature)
+            seconds = min(SAMPLES_S, SAMPLES_SHARE * left_s)
+            said = self._samples(task, prompt, calibration.agreed.samples, calibration.agreed.temperature, seconds)
         except MilpaError as error:  # answers wait, or time is short: the answer goes without
             log.debug("no samples: %s", error)
             return None
@@ -313,9 +335,9 @@ class Judge(Part):
 def samples_of(worker: Worker) -> Samples:
     """The active model's own samples, when nobody waits for it."""
 
-    def samples(task: Task, prompt: str, count: int, temperature: float) -> list[Generation]:
+    def samples(task: Task, prompt: str, count: int, temperature: float, seconds: float) -> list[Generation]:
         return worker.sample(
-            task.name, prompt, n=count, temperature=temperature, seed=0, max_new_tokens=sample_tokens(task), deadline_s=SAMPLES_S,
+            task.name, prompt, n=count, temperature=temperature, seed=0, max_new_tokens=sample_tokens(task), deadline_s=seconds,
             form=task.form,
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ Rules:
  * Handing on: an answer this node is unsure of is kept, and the question goes to its own peers with a tenth of the time held back.
    What they say is relayed, naming the speaker, if they are at least as sure; else, and when nobody helps in time, its own answer goes.
    The names of those who asked stand in the question: nobody is asked twice, nobody hands on more than `hop_limit` times.
+   Unsure is what the node's own judge says, by the same budget of share, bytes and joules that its site's answers are asked from.
    Whoever brings the same question while it is out gets this node's own answer at once, so that two nodes never wait for each other.
 """
 
@@ -19,17 +20,17 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
+from node.confidence.judging import Judge, Ruling
 from node.engine.worker import Busy, Worker
 from node.escalation.asking import BUSY
 from protocol import topics
 from protocol.codec import decode_message, encode
-from protocol.confidence import features, judge
 from protocol.digests import digest_bytes
 from protocol.errors import BadInput, MalformedMessage, MilpaError
 from protocol.messages import Question, Reply
@@ -86,27 +87,44 @@ class Spoke(msgspec.Struct, frozen=True):
     seconds: float
     adapter_digest: str = ""
     sure: bool = True  # whether it stands by itself
+    ruling: Ruling | None = None  # None: it could not be asked of anybody, so nothing counts
 
 
-Answer = Callable[[str, str, int, float], Spoke]  # task, prompt, max_new_tokens, deadline in seconds
+class Speaks(Protocol):
+    """What serving needs of this node's model and of its judge; `Judged` is the real one."""
+
+    def answer(self, question: Question, *, deadline_s: float, may_ask: bool) -> Spoke:
+        """The answer within `deadline_s` seconds; always sure where `may_ask` is False."""
+
+    def remember(self, connection: Executes, reply: str, spoke: Spoke) -> None:
+        """Write down how the answer in the reply with that id was judged, inside the caller's transaction."""
+
+
 HandOn = Callable[[Executes, Question], bool]  # puts it to this node's own peers, inside the transaction; False: it cannot
 
 
-def with_worker(worker: Worker, *, budget: float) -> Answer:
-    """Answer with the node's own engine thread; a question takes its turn among the site's records.
+class Judged:
+    """The node's own engine thread, where a question takes its turn among the site's records, and the node's own judge."""
 
-    Args:
-        budget: share of the answers that this node may hand on; 0: every answer stands.
-    """
+    def __init__(self, worker: Worker, judge: Judge) -> None:
+        self._worker, self._judge = worker, judge
 
-    def answer(task: str, prompt: str, max_new_tokens: int, deadline_s: float) -> Spoke:
-        spoken = worker.ask(task, prompt, max_new_tokens=max_new_tokens, deadline_s=deadline_s, form=task_named(task).form)
-        speaker, said = spoken.speaker, spoken.generation
-        judgement = judge(features(said), calibration=speaker.calibration, threshold=None, budget=budget)
-        sure = budget <= 0.0 or judgement.keep
-        return Spoke(said.text, judgement.confidence, speaker.model_digest, said.seconds, speaker.adapter_digest, sure)
+    def answer(self, question: Question, *, deadline_s: float, may_ask: bool) -> Spoke:
+        """See `Speaks`; errors as `Worker.ask`."""
+        task, ends = task_named(question.task), time.perf_counter() + deadline_s
+        spoken = self._worker.ask(task.name, question.prompt, max_new_tokens=task.max_new_tokens, deadline_s=deadline_s, form=task.form)
+        speaker, said, ruling = spoken.speaker, spoken.generation, None
+        answer = task.parse(said.text)
+        if may_ask and answer.text:
+            ruling = self._judge.rule(task, answer, spoken, prompt=question.prompt, left_s=ends - time.perf_counter(), audits=False)
+        confidence = ruling.judgement.confidence if ruling else self._judge.confidence(task, answer, spoken)
+        sure = ruling is None or not ruling.judgement.ask
+        return Spoke(said.text, confidence, speaker.model_digest, said.seconds, speaker.adapter_digest, sure, ruling)
 
-    return answer
+    def remember(self, connection: Executes, reply: str, spoke: Spoke) -> None:
+        """See `Speaks`."""
+        if spoke.ruling is not None:
+            self._judge.remember(connection, reply, spoke.ruling)
 
 
 class Server:
@@ -121,7 +139,7 @@ class Server:
         self,
         node: str,
         outbox: Outbox,
-        answer: Answer,
+        model: Speaks,
         *,
         engine: sa.Engine,
         groups: Sequence[str] = (),
@@ -131,7 +149,7 @@ class Server:
         hop_limit: int = HOP_LIMIT,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.node, self.outbox, self.answer, self.engine, self.groups = node, outbox, answer, engine, tuple(groups)
+        self.node, self.outbox, self.model, self.engine, self.groups = node, outbox, model, engine, tuple(groups)
         self.hand_on, self._on_load = hand_on, on_load
         self.queue_limit, self.hop_limit, self.clock = queue_limit, hop_limit, clock
         self.answer_s = FIRST_GUESS_S  # running mean of seconds an answer
@@ -200,12 +218,14 @@ class Server:
             self._tell_load(full=False)
             return False
         question = msgspec.json.decode(row.message, type=Question)
-        reply, sure = self._compute(question, min(ANSWER_DEADLINE_S, row.until - now))
+        reply, spoke = self._compute(question, min(ANSWER_DEADLINE_S, row.until - now), may_ask=self._for_others(question, row.until) > 0)
         with self.engine.begin() as connection:
+            if spoke is not None:
+                self.model.remember(connection, reply.id, spoke)
             if reply.refused == BUSY:  # whoever asked may ask again
                 self._send_to_all(connection, row.position, reply)
                 _drop(connection, row.position)
-            elif sure or not self._hand(connection, row, question, reply):
+            elif spoke is None or spoke.sure or not self._hand(connection, row, question, reply):
                 self._finish(connection, row.position, reply)
             self._forget_oldest(connection, row.position)
         self.outbox.wake()
@@ -268,35 +288,38 @@ class Server:
                 self._stopping.wait(1.0)
             self._wake.wait(5.0)
 
-    def _compute(self, question: Question, deadline_s: float) -> tuple[Reply, bool]:
-        """The reply, and whether it stands by itself."""
-        task = task_named(question.task)
+    def _compute(self, question: Question, deadline_s: float, *, may_ask: bool) -> tuple[Reply, Spoke | None]:
+        """The reply, and what the model said; None where it said nothing."""
         try:
-            spoke = self.answer(task.name, question.prompt, task.max_new_tokens, deadline_s)
+            spoke = self.model.answer(question, deadline_s=deadline_s, may_ask=may_ask)
         except Busy as error:
-            return msgspec.structs.replace(self._empty(question, BUSY), retry_after=float(error.retry_after_s)), True
+            return msgspec.structs.replace(self._empty(question, BUSY), retry_after=float(error.retry_after_s)), None
         except MilpaError as error:
-            return self._empty(question, str(error)[:200]), True
+            return self._empty(question, str(error)[:200]), None
         except Exception as error:
             log.exception("serving: the model failed on a question of %s", question.asker)
-            return self._empty(question, f"the model failed: {type(error).__name__}"), True
+            return self._empty(question, f"the model failed: {type(error).__name__}"), None
         self.answer_s += REMEMBERED * (spoke.seconds - self.answer_s)
-        answer = task.parse(spoke.text)
+        answer = task_named(question.task).parse(spoke.text)
         if not answer.text:
-            return self._empty(question, "the model had no answer"), True
+            return self._empty(question, "the model had no answer"), None
         reply = msgspec.structs.replace(
             self._empty(question), text=answer.text, confidence=spoke.confidence, model_digest=spoke.model_digest,
             adapter_digest=spoke.adapter_digest, seconds=spoke.seconds,
         )  # fmt: skip
-        return reply, spoke.sure
+        return reply, spoke
+
+    def _for_others(self, question: Question, until: float) -> float:
+        """Seconds that this node's own peers have for the question; 0 where it may not travel on, or they have too few."""
+        left = (until - self.clock()) * (1.0 - HELD_BACK)
+        return left if self.hand_on is not None and len(question.path) < self.hop_limit and left >= HAND_ON_S else 0.0
 
     def _hand(self, connection: sa.Connection, row: sa.Row[Any], question: Question, own: Reply) -> bool:
         """Put the question to this node's own peers, if it may travel on and there is time. False: it may not, or there is not."""
-        now = self.clock()
-        left = (row.until - now) * (1.0 - HELD_BACK)
-        if self.hand_on is None or len(question.path) >= self.hop_limit or left < HAND_ON_S:
+        left = self._for_others(question, row.until)
+        if self.hand_on is None or not left:
             return False
-        expires, path = int(now + left), (*question.path, question.asker)
+        expires, path = int(self.clock() + left), (*question.path, question.asker)
         further = msgspec.structs.replace(question, asker=self.node, confidence=own.confidence, expires=expires, path=path)
         if not self.hand_on(connection, further):
             return False

@@ -13,6 +13,8 @@ from coordinator.fleet.tables import events, nodes, refused
 from deploy.broker import Broker
 from node import settings as conf
 from node.answering import Answering
+from node.confidence.budget import Budget
+from node.confidence.judging import Judge
 from node.engine.worker import Speaker, Worker
 from node.escalation import asking
 from node.escalation.presence import Presence
@@ -48,11 +50,14 @@ class Member:
         self.store = Store(folder / "node.db")
         self.worker = Worker()
         self.worker.swap_after_current_record(Speaker(engine, "ranch", release=1))
-        self.messaging = Messaging(settings, self.store, self.worker, boot=f"boot-{time.monotonic_ns()}", describe=self.describe)
+        self.judge = Judge(self.store, Budget(share=budget, audit=0.0))
+        self.messaging = Messaging(
+            settings, self.store, self.worker, self.judge, boot=f"boot-{time.monotonic_ns()}", describe=self.describe
+        )
         self.messaging.outbox.resend = 0.3  # seconds; a minute in the field
         self.messaging.session._backoff_base = 0.05
         self.answering = Answering(
-            self.store, self.worker, node=name, budget=budget, asking=self.messaging.asker, on_asked=self.messaging.wake
+            self.store, self.worker, node=name, judge=self.judge, asking=self.messaging.asker, on_asked=self.messaging.wake
         )
 
     def describe(self):

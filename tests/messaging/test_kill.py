@@ -23,6 +23,16 @@ ROOT = Path(__file__).parents[2]
 STRIDE = os.environ.get("MILPA_KILL_STRIDE", "3")  # of about 110 steps; 1 kills at every single one, in three times the time
 
 
+class Sure:
+    """A model that always says the same."""
+
+    def answer(self, question, *, deadline_s, may_ask):
+        return Spoke("leak: x", 0.9, "m", 0.0)
+
+    def remember(self, connection, reply, spoke):
+        pass
+
+
 @pytest.mark.broker
 def test_a_node_killed_anywhere_applies_each_reply_once_and_reports_it_once(broker, join, tmp_path):
     ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
@@ -32,7 +42,7 @@ def test_a_node_killed_anywhere_applies_each_reply_once_and_reports_it_once(brok
     coordinator.start()
     peer = open_database(tmp_path / "peer.db")
     outbox = Outbox(peer)
-    server = Server("base", outbox, lambda task, prompt, tokens, deadline: Spoke("leak: x", 0.9, "m", 0.0), engine=peer)
+    server = Server("base", outbox, Sure(), engine=peer)
     base = join("base", start=False)
     base.subscribe(topics.questions_to("base"), server.heard)
     base.start()

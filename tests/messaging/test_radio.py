@@ -9,6 +9,8 @@ import sqlalchemy as sa
 from deploy.broker import Broker
 from node import settings as conf
 from node.answering import Answering
+from node.confidence.budget import Budget
+from node.confidence.judging import Judge
 from node.engine.worker import Speaker, Worker
 from node.escalation.radio import Gateway, Radio
 from node.messaging import Messaging
@@ -174,11 +176,12 @@ class Member:
         )  # fmt: skip
         self.store, self.worker, self.leaving = Store(folder / "node.db"), Worker(), threading.Event()
         self.worker.swap_after_current_record(Speaker(engine, "ranch", release=1))
+        judge = Judge(self.store, Budget(share=1.0, audit=0.0))
         self.messaging = Messaging(
-            given, self.store, self.worker, boot=f"{time.monotonic_ns():016x}", describe=lambda: Status(name, "", 0, "answering")
+            given, self.store, self.worker, judge, boot=f"{time.monotonic_ns():016x}", describe=lambda: Status(name, "", 0, "answering")
         )
         self.answering = Answering(
-            self.store, self.worker, node=name, budget=1.0, asking=self.messaging.asker, on_asked=self.messaging.wake
+            self.store, self.worker, node=name, judge=judge, asking=self.messaging.asker, on_asked=self.messaging.wake
         )
         self.worker.start()
         self.messaging.start(apply=self.answering.apply, unanswered=self.answering.unanswered, on_release=lambda: None)

@@ -1,10 +1,18 @@
 """node/escalation/serving.py: rules, without a broker."""
 
+import random
+
 import msgspec
 import pytest
+import sqlalchemy as sa
 
-from node.engine.worker import Busy, NoModel
-from node.escalation.serving import HELD_BACK, HOP_LIMIT, RETRY_S, Server, Spoke
+from node.answering import Answering
+from node.confidence.budget import COLD, HORIZON, Budget
+from node.confidence.judging import ENVELOPE_BYTES, Judge, judged
+from node.engine.worker import Busy, NoModel, Speaker, Worker
+from node.escalation.serving import HELD_BACK, HOP_LIMIT, RETRY_S, Judged, Server, Spoke
+from node.settings import Model, NodeSettings
+from node.store import Store
 from protocol import topics
 from protocol.codec import encode
 from protocol.digests import digest_bytes
@@ -12,6 +20,9 @@ from protocol.errors import MalformedMessage
 from protocol.messages import Question, Reply
 from protocol.mqtt import Incoming
 from protocol.outbox import Outbox
+from protocol.tasks import Record
+from tests.node.fake_engine import FakeEngine
+from tests.node.test_confidence_judging import calibration
 
 
 class Clock:
@@ -33,13 +44,16 @@ class Peer:
         self.make_server()
 
     def make_server(self):
-        self.server = Server("base", self.outbox, self.answer, engine=self.engine, clock=self.clock, **self.options)
+        self.server = Server("base", self.outbox, self, engine=self.engine, clock=self.clock, **self.options)
 
-    def answer(self, task, prompt, max_new_tokens, deadline_s):
-        self.prompts.append(prompt)
+    def answer(self, question, *, deadline_s, may_ask):
+        self.prompts.append(question.prompt)
         if isinstance(self.says, Exception):
             raise self.says
         return Spoke(self.says, 0.75, "d" * 64, 0.5, "a" * 64, self.sure)
+
+    def remember(self, connection, reply, spoke):
+        pass
 
     def hand_on(self, session, question):
         self.handed.append(question)
@@ -395,3 +409,112 @@ def test_only_a_question_that_was_handed_on_is_told_from_this_nodes_own(unsure):
     unsure.server.step()
 
     assert not unsure.server.handed("ours")
+
+
+# ---- the node's own judge
+
+
+class Base(Peer):
+    """A base station as its daemon wires it: a real judge and engine thread, around a small engine."""
+
+    def __init__(self, folder, *, budget, calibrated=True, **options):
+        self.store, self.worker, self.model = Store(folder / "node.db"), Worker(), FakeEngine()
+        self.worker.swap_after_current_record(Speaker(self.model, "ranch", 1, calibration(self.model) if calibrated else None))
+        self.worker.start()
+        self.budget, self.luck = budget, random.Random(7)
+        super().__init__(self.store.engine, **options)
+
+    def make_server(self):
+        self.judge = Judge(self.store, self.budget, clock=self.clock, random=random.Random(1))
+        self.answering = Answering(self.store, self.worker, node="base", judge=self.judge, clock=self.clock)
+        own = Judged(self.worker, self.judge)
+        self.server = Server("base", self.outbox, own, engine=self.engine, clock=self.clock, hand_on=self.hand_on, **self.options)
+
+    def serves(self, count, *, probability=None, **fields):
+        """So many questions; how many of them were handed on."""
+        before = len(self.handed)
+        for _ in range(count):
+            self.clock.now += 60
+            self.model.probability = probability or self.luck.uniform(0.02, 0.98)
+            self.hears(f"q{self.luck.getrandbits(60)}", **fields)
+            self.server.step()
+        return len(self.handed) - before
+
+    def rows(self):
+        with self.store.transaction() as session:
+            return session.execute(sa.select(judged).order_by(judged.c.row)).all()
+
+    def close(self):
+        self.worker.stop()
+        self.store.close()
+
+
+@pytest.fixture
+def base(tmp_path):
+    opened = []
+
+    def make(**how):
+        opened.append(Base(tmp_path, **how))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()
+
+
+@pytest.mark.rule("chain-1")
+@pytest.mark.parametrize(("count", "calibrated"), [(1_000, True), (200, False)])
+def test_the_share_of_others_questions_that_is_handed_on_is_the_budget_s(base, count, calibrated):
+    peer = base(budget=Budget(share=0.2, audit=0.5), calibrated=calibrated)
+
+    handed = peer.serves(count)
+
+    assert abs(handed - 0.2 * count) <= HORIZON  # 2 points of 1,000
+    status = peer.judge.status()
+    assert (status["realised"], status["over"], status["calibrated"]) == (handed / count, count, calibrated)
+    surest = max(question.confidence for question in peer.handed[COLD:])
+    assert surest < sorted(row.shipped for row in peer.rows())[count // 2]  # the least sure, and none only to check
+
+
+def test_the_confidence_of_a_reply_is_the_calibrated_one(base):
+    peer = base(budget=Budget(share=0.0))
+
+    peer.serves(1, probability=0.9)
+
+    [(_, reply)] = peer.replies
+    assert reply.confidence == pytest.approx(peer.rows()[0].shipped)
+    assert reply.confidence != pytest.approx(0.9 * 0.9, abs=0.01)  # what the model thinks of its verdict's two tokens
+
+
+def test_what_is_handed_on_is_paid_from_the_bytes_of_the_day_that_the_site_has_too(base):
+    each = ENVELOPE_BYTES + len("window")
+    peer = base(budget=Budget(share=1.0, bytes_a_day=480 * each, audit=0.0))  # a third of one question a minute
+
+    handed = peer.serves(30)
+
+    assert 0 < handed < 30
+    assert peer.judge.status()["day"]["bytes"] == handed * each
+    peer.budget = Budget(share=1.0, bytes_a_day=handed * each, audit=0.0)
+    peer.make_server()  # the next process
+    assert peer.serves(5) == 0
+    assert not peer.answering.answer(Record(id="r", task="ranch", source="window"), deadline_s=10).judgement.ask
+
+
+def test_a_budget_that_is_reloaded_holds_for_the_next_question_of_others(base):
+    peer = base(budget=Budget(share=1.0, audit=0.0))
+    before = peer.serves(5)
+
+    peer.judge.reload(NodeSettings(model=Model(budget=0.0)))
+
+    assert (before, peer.serves(5)) == (5, 0)
+
+
+def test_a_question_that_cannot_travel_on_costs_nothing_of_the_budget(base):
+    peer = base(budget=Budget(share=1.0, audit=0.0))
+
+    peer.serves(3, path=tuple(f"n{i}" for i in range(HOP_LIMIT)))
+    peer.serves(3, expiry=5)
+
+    assert (peer.rows(), peer.judge.status()["owed"], peer.handed) == ([], 0.0, [])
+    assert len(peer.replies) == 6
+    assert all(reply.confidence > 0 for _, reply in peer.replies)

@@ -123,7 +123,7 @@ def test_a_broken_answer_neither_stands_nor_is_asked_without_a_budget(site: Any)
     node = site(budget=Budget(share=0.0))
     spoken = node.worker.ask("ranch", "soil 21 C", max_new_tokens=8, deadline_s=10)
 
-    judgement = node.judge.rule(RANCH, Answer(text="babble"), spoken, prompt="soil 21 C").judgement
+    judgement = node.judge.rule(RANCH, Answer(text="babble"), spoken, prompt="soil 21 C", left_s=10).judgement
 
     assert not judgement.keep and not judgement.ask
     assert judgement.confidence == 0.0
@@ -243,7 +243,7 @@ def test_samples_are_taken_of_close_answers_with_energy_and_move_the_number(site
     asked: list[int] = []
     energy = [True]
 
-    def samples(task: Any, prompt: str, count: int, temperature: float) -> list[Any]:
+    def samples(task: Any, prompt: str, count: int, temperature: float, seconds: float) -> list[Any]:
         asked.append(count)
         return [node.engine.generate("x", max_new_tokens=8) for _ in range(count)]
 
@@ -261,6 +261,41 @@ def test_samples_are_taken_of_close_answers_with_energy_and_move_the_number(site
     assert plain.agreed is None
 
 
+def test_samples_take_no_more_than_their_part_of_the_time_that_is_left(site: Any) -> None:
+    within: list[float] = []
+
+    def samples(task: Any, prompt: str, count: int, temperature: float, seconds: float) -> list[Any]:
+        within.append(seconds)
+        return [node.engine.generate("x", max_new_tokens=8) for _ in range(count)]
+
+    agreed = Agreed(samples=3, temperature=0.7, bias=0.0, slope=1.0, weight=3.0)
+    node = site(calibration={"agreed": agreed}, samples=samples)
+    node.engine.probability = 0.1
+    spoken = node.worker.ask("ranch", "soil 21 C", max_new_tokens=8, deadline_s=10)
+    answer = RANCH.parse(spoken.generation.text)
+
+    for left_s in (60.0, 3.0, 0.0, -1.0):
+        node.judge.rule(RANCH, answer, spoken, prompt="soil 21 C", left_s=left_s)
+
+    assert within == [judging.SAMPLES_S, 3.0 * judging.SAMPLES_SHARE]
+
+
+def test_a_request_s_deadline_holds_for_its_samples(site: Any) -> None:
+    within: list[float] = []
+
+    def samples(task: Any, prompt: str, count: int, temperature: float, seconds: float) -> list[Any]:
+        within.append(seconds)
+        raise Unavailable("answers are waiting")
+
+    agreed = Agreed(samples=3, temperature=0.7, bias=0.0, slope=1.0, weight=3.0)
+    node = site(calibration={"agreed": agreed}, samples=samples)
+    node.engine.probability = 0.1
+
+    node.answering.answer(Record(id="r", task="ranch", source="soil 21 C"), deadline_s=judging.SAMPLES_S)
+
+    assert 0.0 < within[0] < judging.SAMPLES_SHARE * judging.SAMPLES_S
+
+
 def test_samples_that_must_wait_are_done_without(site: Any) -> None:
     agreed = Agreed(samples=3, temperature=0.7, bias=0.0, slope=1.0, weight=3.0)
 
@@ -275,7 +310,7 @@ def test_samples_that_must_wait_are_done_without(site: Any) -> None:
 def test_samples_of_a_worker_are_of_the_task_s_form(site: Any) -> None:
     node = site()
 
-    said = samples_of(node.worker)(judging.task_named("ranch"), "soil 21 C", 2, 0.7)
+    said = samples_of(node.worker)(judging.task_named("ranch"), "soil 21 C", 2, 0.7, 10.0)
 
     assert len(said) == 2
 
