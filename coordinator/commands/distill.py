@@ -12,7 +12,9 @@ from protocol.errors import BadInput
 def distill(
     out: Path = typer.Option(..., help="Folder for the files: teacher, student, the untrained student, initial adapter, lineage.json."),
     task: str | None = typer.Option(None, help="With --records: the task, such as 'ranch'."),
-    records: Path | None = typer.Option(None, help="Training records, one JSON object a line."),
+    records: Path | None = typer.Option(
+        None, help="Training records, one JSON object a line. Of those of `synthesise` the lineage says who wrote them: RECORDS.made.json."
+    ),
     pairs: Path | None = typer.Option(None, help="Training pairs: UTF-8, source, a tab, target, one a line."),
     source: str = typer.Option("English", help="With --pairs: language of the first column."),
     target: str = typer.Option("Spanish", help="With --pairs: language of the second column."),
@@ -70,6 +72,7 @@ def distill(
     from coordinator.forge.pipeline import Budget, Plan, forge
     from coordinator.forge.students.cut import preset
     from coordinator.forge.students.export import DEFAULT_KIND, KINDS
+    from coordinator.forge.synthesis.made import read_made
     from coordinator.forge.training import scale
     from coordinator.forge.training.objective import DIVERGENCES
     from coordinator.forge.training.recipe import Recipe
@@ -111,6 +114,7 @@ def distill(
         kind=kind or ("TQ2_0" if ternary else "Q4_K_M" if student else DEFAULT_KIND),
     )
     wanted, found = read_either(pairs, source, target, task, records, limit=limit, to="learn from")
+    made_by = read_made(records) if records else None
 
     with progress_bar() as bar:
         lines = {}
@@ -121,7 +125,10 @@ def distill(
             bar.update(lines[stage], completed=round(100 * share), description=f"{stage:<8} {words}")
 
         world = scale.world()
-        made = forge(wanted, found, work=work or out / "work", out=out, plan=plan, base=teacher, cache=cache, progress=told, world=world)
+        made = forge(
+            wanted, found, work=work or out / "work", out=out, plan=plan, base=teacher, cache=cache,
+            targets=made_by.plain() if made_by else None, progress=told, world=world,
+        )  # fmt: skip
     world.close()
     if world.rank:
         return  # the first process speaks for all

@@ -159,6 +159,7 @@ def forge(
     base: Path | None = None,
     cache: Path | None = None,
     texts: Sequence[str] = (),
+    targets: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     world: Together | None = None,
 ) -> Forged:
@@ -171,6 +172,7 @@ def forge(
         cache: what `base` thinks of its targets, captured before by any number of processes. `base` is then the teacher as it is: its
             vocabulary and its weights stay, and nothing more is captured.
         texts: general text in the task's languages, for the vocabulary.
+        targets: who wrote the records' targets, where a teacher did (`synthesis.made`), for the lineage.
         world: the processes that share the training stages; the first one does the others. Alone by default.
 
     Raises:
@@ -200,6 +202,8 @@ def forge(
         lineage["licence"] = {"name": _licence_in(base), "notice": "as stated by the model file", "file": ""}
     lineage["base_digest"] = digest_file(base)
     lineage["records_digest"] = digest_value(records)
+    if targets:
+        lineage["targets"] = dict(targets)
 
     if plan.preset and not plan.scratch:
         check_fits(Checkpoint.read(base), preset(plan.preset))

@@ -233,3 +233,23 @@ def test_what_cannot_be_done_is_said_in_one_line(words: tuple[str, ...], told: s
     assert isinstance(result.exception, BadInput)
     assert told in str(result.exception)
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_the_students_lineage_names_who_wrote_its_targets_and_changed_targets_are_refused(tiny: Path, many: Path, tmp_path: Path) -> None:
+    targets = tmp_path / "targets.jsonl"
+    figures(
+        call("--teacher", f"file:{many}", "--pairs", many, "--out", tmp_path / "rows.jsonl", "--targets", targets, "--json",
+             "--audit", f"file:{many}", "--audit-sample", 10)
+    )  # fmt: skip
+    words = ["distill", "--task", TASK.name, "--records", targets, "--teacher", tiny, "--blocks", 1, "--budget", 10, "--threads", 1]
+
+    result = CliRunner().invoke(complete(), [*map(str, words), "--out", str(tmp_path / "out"), "--json"])
+
+    lineage = figures(result)["lineage"]
+    assert lineage["targets"]["teacher"] == many.name
+    assert lineage["targets"]["cost"]["missing"][0]["what"] == "sparse KL on the top k and the tail"
+    assert len(lineage["targets"]["audit"]["verdicts"]) == 10
+    assert json.loads((tmp_path / "out" / "lineage.json").read_text())["targets"]["file_digest"] == digest_file(targets)
+    targets.write_bytes(targets.read_bytes() * 2)
+    refused = CliRunner().invoke(complete(), [*map(str, words), "--out", str(tmp_path / "other")])
+    assert "was changed since" in str(refused.exception)
