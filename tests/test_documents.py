@@ -1,5 +1,7 @@
 """Documents that could go stale are held to the code: commands and options that they name exist, every command explains itself."""
 
+import json
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ import node.settings
 from coordinator.commands.publish import GOES_WITHOUT
 from coordinator.settings import load_settings
 from deploy import settings_page
+from protocol.links import LEAVES, LINKS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docker-compose.yml", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
@@ -97,6 +100,37 @@ def test_a_key_of_the_settings_page_says_what_it_is_for() -> None:
     keys = re.findall(r"^\| `(\w+)` \| `.*?` \| (.*?) \|", settings_page.page(), re.MULTILINE)
 
     assert {key for key, meaning in keys if not meaning.strip()} <= {"port"}
+
+
+def test_the_links_page_says_what_the_classes_of_link_allow() -> None:
+    text = (ROOT / "docs/low-bandwidth-links.md").read_text(encoding="utf-8")
+
+    for name, rules in LINKS.items():
+        (row,) = (line.split(" | ") for line in text.splitlines() if line.startswith(f"| `{name}` | "))
+        least = [f"{value:,.0f} s" if value and math.isfinite(value) else "never" if value else "as set"
+                 for value in (rules.heartbeat_s, rules.poll_s, rules.window_s)]  # fmt: skip
+        assert row[2:6] == [f"{rules.bytes_a_day:,}" if rules.bytes_a_day else "no limit", *least]
+    shares = [int(share) for share in re.findall(r"^\| [a-z' ]+ \| (\d+)% \|$", text, re.MULTILINE)]
+    assert shares == [round(100 * share) for share in LEAVES.values()]
+
+
+def test_the_pages_tell_about_what_was_measured() -> None:
+    measured = json.loads((ROOT / "bench/results/node.json").read_text(encoding="utf-8"))["figures"]
+    idle, student = measured["idle_bytes_day"], measured["footprint_2"]
+    billed, lan = idle["against"]["as billed, headers included"] / 1000, idle["against"]["lan, keep-alive of 60 s"] / 1000
+    told = {
+        ("README.md", r"an idle day costs (\d+) kB"): billed,
+        ("docs/low-bandwidth-links.md", r"idle node costs (\d+) kB"): billed,
+        ("docs/low-bandwidth-links.md", r"(\d+) kB of stream"): idle["figure"] / 1000,
+        ("docs/low-bandwidth-links.md", r"the stream alone (\d+) kB"): lan,
+        ("docs/running-a-node.md", r"without a model takes (\d+) MiB"): measured["footprint"]["figure"],
+        ("docs/running-a-node.md", r"with a (\d+) MiB student"): student["against"]["size of the model, MiB"],
+        ("docs/running-a-node.md", r"MiB student (\d+) MiB"): student["figure"],
+    }
+
+    for (name, pattern), figure in told.items():
+        (number,) = re.findall(pattern, (ROOT / name).read_text(encoding="utf-8"))
+        assert float(number) == pytest.approx(figure, rel=0.05), (name, pattern)
 
 
 @pytest.mark.parametrize("path", sorted(ALL))
