@@ -39,6 +39,9 @@ def publish(
     rehearsal: Path | None = typer.Option(None, help="General records (JSON lines) that sites learn among their own, not to forget."),
     calibration: Path | None = typer.Option(None, help="Confidence calibration of the student (JSON)."),
     teacher: Path | None = typer.Option(None, help="The peers' GGUF."),
+    teacher_calibration: Path | None = typer.Option(
+        None, help="Confidence calibration of the teacher (JSON): what base stations reply is weighed, and handed on, by it."
+    ),
     evidence: Path | None = typer.Option(
         None, help="Evidence (JSON) of `evaluate --evidence`; the student's peak memory in it becomes what a node must have."
     ),
@@ -59,6 +62,8 @@ def publish(
 
         milpa-coordinator publish --store store --model student.gguf --initial-adapter initial-adapter.gguf --rehearsal general.jsonl --calibration calibration.json --evidence evidence.json --known dev.jsonl
 
+        milpa-coordinator publish --store store --model student.gguf --teacher teacher.gguf --teacher-calibration teacher-calibration.json
+
         milpa-coordinator publish --store store --model student-q8.gguf --adapter round-3.gguf --note "round 3: +4.1 points at esteli"
     """  # noqa: E501
     from coordinator.fleet.publishing import Publisher, build_release
@@ -71,7 +76,7 @@ def publish(
     if init:
         publisher.init()
     if model is None:
-        if not init or any((adapter, initial_adapter, rehearsal, calibration, teacher, evidence, known)):
+        if not init or any((adapter, initial_adapter, rehearsal, calibration, teacher, teacher_calibration, evidence, known)):
             raise BadInput("name the students' model with --model FILE.gguf")
         _print_store(publisher, as_json=as_json)
         return
@@ -80,8 +85,10 @@ def publish(
     before = publisher.latest()
     files = _files(
         model=model, adapter=adapter, initial_adapter=initial_adapter, rehearsal=rehearsal, calibration=calibration, teacher=teacher,
-        evidence=evidence,
+        teacher_calibration=teacher_calibration, evidence=evidence,
     )  # fmt: skip
+    if teacher_calibration is not None:
+        _check_calibration(teacher_calibration, teacher)
     base = digest_file(model)
     number = before.number + 1 if before else 1
     measured = _measured_memory(evidence)
@@ -122,6 +129,7 @@ def _files(**given: Path | None) -> list[tuple["Role", "Kind", Path]]:
         "rehearsal": ("student", "rehearsal"),
         "calibration": ("student", "calibration"),
         "teacher": ("teacher", "model"),
+        "teacher_calibration": ("teacher", "calibration"),
         "evidence": ("student", "evidence"),
     }
     found = [(*roles[name], path) for name, path in given.items() if path is not None]
@@ -129,6 +137,22 @@ def _files(**given: Path | None) -> list[tuple["Role", "Kind", Path]]:
         if not path.is_file():
             raise BadInput(f"{path} is not a file")
     return found
+
+
+def _check_calibration(calibration: Path, teacher: Path | None) -> None:
+    """A base station goes without a calibration of another model, and says nothing: better told here.
+
+    Raises:
+        BadInput: there is no teacher, or the file is no calibration of it.
+    """
+    from protocol.codec import decode_as
+    from protocol.confidence import CALIBRATION_LIMIT, Calibration
+    from protocol.digests import digest_file
+
+    made = decode_as(calibration.read_bytes(), Calibration, limit=CALIBRATION_LIMIT, what=f"--teacher-calibration {calibration}")
+    if teacher is None or not made.fits(digest_file(teacher), ""):
+        whose = f"another model than {teacher}" if teacher else "a teacher, and --teacher names none"
+        raise BadInput(f"{calibration} is of {whose}; make it with: milpa-coordinator calibrate --model TEACHER.gguf --out {calibration}")
 
 
 def _known_answers(model: Path, adapter: Path | None, records: Path, task: "Task") -> tuple["KnownAnswer", ...]:

@@ -9,7 +9,8 @@ import pytest
 
 from coordinator.commands.publish import GOES_WITHOUT
 from coordinator.fleet.publishing import Publisher
-from coordinator.forge.judging import evidence
+from coordinator.forge.judging import calibrate, evidence
+from protocol.digests import digest_file
 from tests.evaluation.conftest import simulated
 from tests.update.conftest import make_file
 
@@ -85,6 +86,40 @@ def test_what_a_release_has_is_not_warned_of(tmp_path):
 
     assert json.loads(done.stdout)["missing"] == ["rehearsal", "known"]
     assert [line.split(":")[1].strip() for line in done.stderr.strip().splitlines()] == ["no rehearsal records", "no known answers"]
+
+
+def calibration_file(path: Path, model: Path) -> Path:
+    made = calibrate.fit(simulated(60, accuracy=0.9, seed=1))
+    path.write_bytes(msgspec.json.encode(msgspec.structs.replace(made, model_digest=digest_file(model), adapter_digest="")))
+    return path
+
+
+def test_a_teacher_s_calibration_goes_to_the_nodes_that_run_the_teacher(tmp_path):
+    model, teacher = make_file(tmp_path / "m.gguf", 10_000, 1), make_file(tmp_path / "t.gguf", 20_000, 2)
+    sure = calibration_file(tmp_path / "t.json", teacher)
+
+    done = command("--store", tmp_path / "store", "--init", "--model", model, "--teacher", teacher, "--teacher-calibration", sure)
+
+    assert done.returncode == 0, done.stderr
+    release = Publisher(tmp_path / "store" / "repository").latest()
+    assert [file.kind for file in release.files_for("teacher")] == ["model", "calibration"]
+    assert release.file("teacher", "calibration").digest == digest_file(sure)
+    assert release.file("student", "calibration") is None
+
+
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_a_calibration_of_another_model_than_the_teacher_is_refused_with_how_to_make_one(tmp_path, with_teacher):
+    model, teacher = make_file(tmp_path / "m.gguf", 10_000, 1), make_file(tmp_path / "t.gguf", 20_000, 2)
+    named = ("--teacher", teacher) if with_teacher else ()
+
+    done = command(
+        "--store", tmp_path / "store", "--init", "--model", model, *named,
+        "--teacher-calibration", calibration_file(tmp_path / "t.json", model),
+    )  # fmt: skip
+
+    assert done.returncode == 2
+    assert "milpa-coordinator calibrate --model TEACHER.gguf" in " ".join(done.stderr.split())
+    assert Publisher(tmp_path / "store" / "repository").latest() is None
 
 
 def test_an_adapter_is_bound_to_the_model_beside_it(tmp_path):
