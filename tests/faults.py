@@ -43,7 +43,6 @@ class Fault:
     refuse: bool = False  # close at once
 
 
-LORA_DR0 = Fault(latency_s=1.0, jitter_s=0.5, bytes_per_s=250 / 8, slice_bytes=51)  # EU868, 250 bit/s, 51-byte payloads
 LORA_DR5 = Fault(latency_s=0.1, jitter_s=0.1, bytes_per_s=5_470 / 8, slice_bytes=222)  # EU868, 5,470 bit/s
 CELLULAR = Fault(latency_s=0.08, jitter_s=0.12, bytes_per_s=40_000, bytes_per_s_up=15_000)  # a 2G/3G fringe
 
@@ -63,6 +62,7 @@ class FaultProxy:
         self, target: tuple[str, int], plan: Callable[[int], Fault] = lambda n: Fault(), *, seed: int = 0, flap: Flap | None = None
     ) -> None:
         self.target, self.plan, self.seed = target, plan, seed
+        self.host = "127.0.0.1"
         self.connections = 0
         self.bytes_down = 0  # towards the client, headers and all
         self.bytes_up = 0  # towards the target
@@ -71,7 +71,7 @@ class FaultProxy:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._partitioned = False
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((self.host, 0))
         self.port: int = self._listener.getsockname()[1]
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         if flap is not None:

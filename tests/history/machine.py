@@ -2,6 +2,7 @@
 
     python -m tests.history.machine --seed 41 --steps 40        one history
     python -m tests.history.machine --seed 1 --seconds 3600     one after another, seeds 1, 2, 3, ...; `make soak`
+    python -m tests.history.machine --seed 1 --steps 12 --paper 200     what 200 histories would hold, in seconds: for choosing seeds
 
 A history that breaks a rule prints the rule, what happened, and the command that tells it again. Processes and wires have timing of their
 own, so the same seed makes the same decisions and nearly the same history.
@@ -14,7 +15,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
@@ -33,6 +34,13 @@ STEPS = {
 }  # fmt: skip
 
 
+class Told(NamedTuple):
+    """A history that broke no rule."""
+
+    held: str  # how many of what, in words
+    log: list[str]  # what happened to the fleet, without its beginning and its end: lines of `World.log`
+
+
 class Fleet(RuleBasedStateMachine):
     """Everything that happens to a fleet is one of STEPS, each as likely as its weight; requests come between, whatever the weather.
 
@@ -40,22 +48,28 @@ class Fleet(RuleBasedStateMachine):
     """
 
     number: ClassVar[int] = 0  # the seed, for the wires' own dice
-    told: ClassVar[str] = ""  # what the last history held
+    on_paper: ClassVar[bool] = False  # nothing is done, only drawn
+    drawn: ClassVar[list[str]]  # the steps of the last history
+    told: ClassVar[Told]
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="milpa-history-"))
         self.world: World | None = None
         self.asked = 0
+        self.steps: list[str] = []
+        self.begun = 0  # lines of the log before the first step
 
     @initialize(start=st.integers(0, 1_000_000))
     def begin(self, start: int) -> None:
-        if start:  # hypothesis tries the simplest history first, the same for every seed: that fleet is never started
+        if start and not self.on_paper:  # hypothesis tries the simplest history first, the same for every seed: it is not played
             self.world = World(self.folder, seed=self.number)
+            self.begun = len(self.world.log)
             self._ask(self.world)
 
     @rule(what=st.sampled_from([name for name, weight in STEPS.items() for _ in range(weight)]), number=st.integers(0, 1_000))
     def happens(self, what: str, number: int) -> None:
+        self.steps.append(what)
         if self.world is None:
             return
         getattr(self, what)(self.world, number)
@@ -96,7 +110,9 @@ class Fleet(RuleBasedStateMachine):
     def release_comes(self, world: World, number: int) -> None:
         world.publish(number % MODELS)
 
-    def release_is_revoked(self, world: World, _: int) -> None:
+    def release_is_revoked(self, world: World, number: int) -> None:
+        if len(world.published) == 1:  # there is nothing to go back to
+            world.publish(1 + number % (MODELS - 1))
         world.revoke()
 
     def release_is_spoiled(self, world: World, number: int) -> None:
@@ -113,18 +129,19 @@ class Fleet(RuleBasedStateMachine):
         time.sleep(1.0)
 
     def teardown(self) -> None:
+        type(self).drawn = self.steps
         if self.world is None:
             self.folder.rmdir()
             return
         try:
             self._ask(self.world)
+            happened = self.world.log[self.begun :]
             seen = self.world.settle()
             found = wrong(seen)
             assert not found, "\n".join(found)
             peers = sum(change.by.startswith("peer:") for change in seen.changes)
-            type(
-                self
-            ).told = f"{len(seen.given)} answers, {peers} replies, {len(seen.corrected)} corrections, {len(self.world.published)} releases"
+            held = f"{len(seen.given)} answers, {peers} replies, {len(seen.corrected)} corrections, {len(self.world.published)} releases"
+            type(self).told = Told(held, happened)
         except BaseException:
             print(f"what happened (all of it in {self.folder}):", *self.world.log, sep="\n  ", file=sys.stderr)
             self.world.close()
@@ -133,13 +150,21 @@ class Fleet(RuleBasedStateMachine):
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def history(number: int, *, steps: int) -> str:
+def history(number: int, *, steps: int) -> Told:
     """One history, and what it held. Raises what is wrong with it."""
+    return _played(number, steps=steps).told
 
+
+def plan(number: int, *, steps: int) -> list[str]:
+    """The steps of a history, none of them taken."""
+    return _played(number, steps=steps, on_paper=True).drawn
+
+
+def _played(number: int, *, steps: int, on_paper: bool = False) -> type[Fleet]:
     class Seeded(Fleet):
         pass
 
-    Seeded.number = number
+    Seeded.number, Seeded.on_paper = number, on_paper
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         seed(number)(Seeded),
         settings=settings(
@@ -153,7 +178,7 @@ def history(number: int, *, steps: int) -> str:
         ),
         _min_steps=steps,
     )
-    return Seeded.told
+    return Seeded
 
 
 def main() -> None:
@@ -162,12 +187,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=0.0, help="0: this one history")
+    parser.add_argument("--paper", type=int, default=0, metavar="COUNT", help="only say what so many histories would hold")
     said = parser.parse_args()
+    for number in range(said.seed, said.seed + said.paper):
+        print(f"history {number}: {', '.join(plan(number, steps=said.steps))}")
+    if said.paper:
+        return
     end, number = time.monotonic() + said.seconds, said.seed
     while True:
         began = time.monotonic()
         try:
-            held = history(number, steps=said.steps)
+            held = history(number, steps=said.steps).held
         except Exception:
             traceback.print_exc()
             sys.exit(f"history {number} breaks a rule; again: python -m tests.history.machine --seed {number} --steps {said.steps}")

@@ -4,12 +4,14 @@ its release store; between the node and everything else, proxies that can be cut
 The database of the node notes every write to an answer by itself (a trigger, in the same transaction), so that no kill hides one.
 """
 
+import random
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from node.client import read_run_file
 from protocol.digests import digest_file
 from protocol.mqtt import Session
 from protocol.ports import free_port
-from tests.faults import FaultProxy
+from tests.faults import Fault, FaultProxy
 from tests.history.rules import Change, Given, History
 from tests.tiny import tiny_gguf
 
@@ -47,6 +49,14 @@ CREATE TRIGGER IF NOT EXISTS seen_update AFTER UPDATE OF change ON answers BEGIN
 """
 
 
+def mild(seed: int, wire: str) -> Callable[[int], Fault]:
+    """What a wire is like between its cuts, for `FaultProxy`: the seed's own latency, and slices on half of the connections."""
+    rng = random.Random(f"{seed}/{wire}")
+    usual = Fault(latency_s=rng.uniform(0.0, 0.03), jitter_s=rng.uniform(0.0, 0.03))
+    sliced = replace(usual, slice_bytes=rng.choice((256, 1_024, 4_096)))
+    return lambda number: sliced if random.Random(f"{seed}/{wire}/{number}").random() < 0.5 else usual
+
+
 class World:
     """One fleet in `folder`; rules of `machine` are its methods."""
 
@@ -58,6 +68,7 @@ class World:
         self.signed: set[str] = set()
         self.published: list[int] = []  # number of the model of release 1, 2, ...
         self.log: list[str] = []
+        self._offsets: dict[str, float] = {}  # of the nodes' clocks, seconds
         self._spoiled: tuple[Path, bytes] | None = None
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.models = [tiny_gguf(folder / f"model-{number}.gguf", layers=1, hidden=32, seed=number) for number in range(MODELS)]
@@ -70,8 +81,8 @@ class World:
         app.include_router(routes(self.publisher))
         self._server = Server(app, bind("127.0.0.1", 0, key=""))
         self._server.start()
-        self.wire = FaultProxy(("127.0.0.1", self.broker.port), seed=seed)
-        self.store_wire = FaultProxy(("127.0.0.1", int(self._server.url.rpartition(":")[2])), seed=seed)
+        self.wire = FaultProxy(("127.0.0.1", self.broker.port), mild(seed, "broker"), seed=seed)
+        self.store_wire = FaultProxy(("127.0.0.1", int(self._server.url.rpartition(":")[2])), mild(seed, "store"), seed=seed)
         self.wire.__enter__()
         self.store_wire.__enter__()
         self.ledger = Ledger(f"sqlite:///{folder / 'ledger.db'}")
@@ -164,7 +175,10 @@ class World:
         self._start(name)
 
     def clock(self, name: str, seconds: float) -> None:
-        """Move a node's clock away from the machine's."""
+        """Let a node's clock differ from the machine's by so much."""
+        if self._offsets.get(name) == seconds:
+            return
+        self._offsets[name] = seconds
         self.log.append(f"clock of {name} {seconds:+.0f} s")
         part = self.folder / f"{name}.clock.part"
         part.write_text(str(seconds))
