@@ -1,15 +1,19 @@
 """The whole daemon and its power: figures, status, what rests and what does not."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from node.app import Daemon
 from node.engine.worker import Speaker
+from protocol.confidence import Agreed
 from protocol.ports import free_port
-from tests.node.conftest import ask, settings
+from tests.node.conftest import ask, eventually, publish, settings
 from tests.node.fake_engine import FakeEngine
+from tests.node.test_confidence_judging import calibration
 
 
 def low_on_the_sun(folder: Path) -> dict[str, Any]:
@@ -50,6 +54,61 @@ def test_a_node_below_its_reserve_answers_at_once_rests_in_all_else_and_says_unt
         assert said.state == "sleeping" and 6 < (said.sleeping_until - night) / 3600 < 9
     finally:
         daemon.stop()
+
+
+class Sampled(FakeEngine):
+    """Counts the samples that are taken."""
+
+    samples = 0
+
+    def sample(self, *given: Any, **options: Any) -> Any:
+        self.samples += 1
+        return super().sample(*given, **options)
+
+
+@pytest.mark.llama
+def test_a_release_samples_and_vectors_wait_for_the_sun_and_answers_do_not(tmp_path: Path, tiny: Path, repository: tuple[Any, str]) -> None:
+    """The daemon's own wires, one low battery: what waits is asked for by a release, an unsure answer and a confirmed one."""
+    publisher, url = repository
+    publish(publisher, 1, tiny)
+    low = low_on_the_sun(tmp_path)
+    later = [0.0]
+    given = settings(
+        tmp_path, **low, update__url=url, update__root_file=str(tmp_path / "root.json"), update__poll_s=3600.0, memory__use="near",
+        confidence__agree=True, confidence__audit=0.0,
+    )  # fmt: skip
+    daemon = Daemon(given, clock=lambda: time.time() + later[0])
+    engine = Sampled(probability=0.1)
+    agreed = Agreed(samples=3, temperature=0.7, bias=0.0, slope=1.0, weight=3.0)
+
+    def confirmed(source: str) -> None:
+        """An answer that is close to the threshold, and the operator's word on it."""
+        answer = ask(daemon.server.url, source)
+        assert answer.status_code == 200
+        word = {"id": answer.json()["x_milpa"]["id"], "verdict": "leak"}
+        assert httpx.post(daemon.server.url + "/v1/feedback", json=word, timeout=30).status_code == 200
+
+    daemon.start()
+    try:
+        daemon.worker.swap_after_current_record(Speaker(engine, "ranch", 0, calibration(engine, agreed=agreed)))
+        confirmed("soil 12 %")
+        eventually(lambda: daemon.updated.state != "current")
+        daemon.memory.making.step()
+        night, dark = daemon.status(), engine.samples
+
+        (tmp_path / "charge").write_text('{"charge": 95, "watts_in": 45}')
+        later[0] = 6 * 3600.0
+        confirmed("soil 13 %")
+        eventually(lambda: daemon.memory.status()["vectors"] == 2)
+        sampled = engine.samples
+        daemon.updated.announce()
+        eventually(lambda: daemon.model.release == 1)
+    finally:
+        daemon.stop()
+
+    assert (night["update"]["state"], night["release"], night["memory"]["vectors"]) == ("waiting", 0, 0)
+    assert "charge 10%" in night["update"]["reason"]
+    assert (dark, sampled) == (0, 1)  # of two answers that were unsure alike
 
 
 def test_a_node_on_the_mains_never_sleeps(start: Any, tmp_path: Path) -> None:
