@@ -9,8 +9,9 @@ import pytest
 
 from coordinator.forge.judging import claims, evidence, schema
 from coordinator.forge.judging.calibrate import fit
-from coordinator.forge.judging.evaluation import Evaluation
+from coordinator.forge.judging.evaluation import Evaluation, evaluate_texts
 from protocol.errors import BadInput
+from protocol.tasks import Record, translation
 from tests.evaluation.conftest import ranch_records, simulated
 
 ROOT = Path(__file__).parents[2]
@@ -248,6 +249,30 @@ def test_the_lineage_names_every_stage_that_trained_the_student() -> None:
     steps = evidence.lineage_steps({"distil": trained, "on_policy": trained, "polish": trained})
 
     assert [step["name"] for step in steps][1:] == ["student, distilled", "student, on its own answers", "student, polished"]
+
+
+def test_synthesised_targets_stand_in_the_lineage_with_their_cost_and_every_verdict_of_the_audit() -> None:
+    made = {"file_digest": "f", "sentence": "9 of 9 sources", "cost": {"missing": []}, "audit": {"verdicts": [{"id": "1"}]}, "plan": {}}
+
+    step = evidence.lineage_steps({"base_digest": "b", "targets": made})[1]
+
+    assert step == {"name": "targets", "digest": "f", "note": "9 of 9 sources", "cost": made["cost"], "audit": made["audit"]}
+
+
+def test_french_is_not_judged_as_english_and_the_evidence_says_what_nobody_looked_at() -> None:
+    french = translation("English", "French")
+    records = [
+        Record(str(place), french.name, f"We see no cats, {place}.", target=f"On n'y voit pas six chats, {place}.") for place in range(40)
+    ]
+    good, bad = (evaluate_texts([text] * 40, records, french, name=text) for text in ("On n'y voit pas six chats.", "Not that."))
+
+    made = evidence.bundle(
+        release=1, task=french.name, sets={"own": {"teacher": good, "student": bad}}, records={"own": records}, seed=1, command="x"
+    )
+
+    assert {row["category"] for row in made["sets"]["own"]["categories"]} == {"all", "length: medium"}
+    assert {row["measure"] for row in made["regressions"]["rows"]} == {"chrF"}
+    assert [sentence for sentence in made["not_tested"] if "none of French" in sentence]
 
 
 def test_the_commit_says_when_the_code_was_changed_and_a_measured_result_is_no_code(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from coordinator.forge.judging import claims, economics, regressions
+from coordinator.forge.judging import categories, claims, economics, regressions
 from coordinator.forge.judging.calibrate import good_enough
 from coordinator.forge.judging.economics import ASSUMED, PowerModel
 from coordinator.forge.judging.evaluation import Evaluation, paired_bootstrap
@@ -94,7 +94,12 @@ def bundle(
         "regressions": named,
         "calibration": None if calibration is None else described(calibration),
         "lineage": lineage_steps(lineage),
-        "not_tested": [*not_tested, *([ONE_SET] if len(sets) == 1 else []), *([] if named else [NO_CATEGORIES]), *ALWAYS_UNTESTED],
+        "not_tested": [
+            *not_tested,
+            *([ONE_SET] if len(sets) == 1 else []),
+            *(categories.not_read(task_named(task)) if named else [NO_CATEGORIES]),
+            *ALWAYS_UNTESTED,
+        ],
     }
 
 
@@ -342,6 +347,9 @@ def lineage_steps(lineage: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> l
     if not lineage:
         return []
     steps = [{"name": "base model", "digest": lineage.get("base_digest", ""), "note": lineage.get("licence", {}).get("name", "")}]
+    if made := lineage.get("targets"):  # with all verdicts of the audit, and what a teacher that only tells text cannot do
+        told = {"cost": made.get("cost"), "audit": made.get("audit")}
+        steps.append({"name": "targets", "digest": made.get("file_digest", ""), "note": made.get("sentence", ""), **told})
     for stage, title in STAGES.items():
         if report := lineage.get(stage):
             steps.append({"name": title, "digest": report.get("file_digest", ""), "note": _stage_note(stage, report)})
