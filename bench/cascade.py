@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from bench import stamps
 from bench.kept import answered, distilled
 from bench.settings import TRANSLATION, Settings
 from coordinator.forge.judging.calibrate import fit, good_enough
@@ -103,6 +104,7 @@ def _models(settings: Settings, key: str, task: Task, train: Sequence[Record], *
     for folder in (settings.work / key / "model", settings.work.parent / "forge" / key / "model"):
         student, teacher = folder / "student.gguf", folder / "teacher.gguf"
         if student.is_file() and teacher.is_file():
+            settings.used(folder.with_name("stages"), stamps.read(folder.with_name("stages")))
             return student, teacher
     made = distilled(settings, key, task, train, budget=Budget.named(str(CPU_S)), **plan)
     return made.student, made.teacher

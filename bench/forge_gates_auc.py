@@ -45,7 +45,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     return {
         name: {
             "figure": auc(scores["human"], scores[kind]),
-            "ci": interval(auc(scores["human"], scores[kind]), len(records)),
+            "interval": interval(auc(scores["human"], scores[kind]), len(records)),
             "against": {"likelihood alone": auc(likely["human"], likely[kind])},
             "score without gates": auc(*(np.array([one["score"] for one in known[which]]) for which in ("human", kind))),
             "refused by gates": gated[kind], "human refused": gated["human"], "n": len(records), "signals": used,

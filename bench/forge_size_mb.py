@@ -1,4 +1,7 @@
-"""File and memory of the `small` student: Q4_K_M, ternary, and the peak resident memory of the engine's process that answers with it."""
+"""File and memory of the `small` student: Q4_K_M, ternary, and the peak resident memory of the engine's process that answers with it.
+
+Its vocabulary is that of `milpa-coordinator distill --student small` on all of Tatoeba's pairs; its weights are untrained.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,10 @@ MIB = 1 << 20
 
 def measure(settings: Settings) -> dict[str, Any]:
     folder = settings.folder("size_mb")
-    whole, four_bits, three_valued = small(settings), packed(settings), folder / "small-tq2_0.gguf"
-    if not settings.quick and not three_valued.is_file():
-        ternary(whole, three_valued)
+    whole, four_bits = small(settings, teacher=settings.trimmed_for_users()), packed(settings)
+    three_valued = folder / "small-tq2_0.gguf"
+    if not settings.quick:
+        settings.once(three_valued, lambda: ternary(whole, three_valued))
     checkpoint = Checkpoint.read(whole)
     prompts = sorted((TRANSLATION.prompt(record) for record in settings.pairs("dev")), key=len)[-ANSWERED:]
     figures = {

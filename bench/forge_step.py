@@ -62,7 +62,8 @@ def against(spent: dict[str, list[float]], name: str) -> dict[str, Any]:
     fastest = min((arm for arm in spent if arm.startswith(name)), key=lambda arm: statistics.median(spent[arm]))
     ratios = [theirs / mine for theirs, mine in zip(spent[fastest], spent["ours"], strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
-    return {"figure": statistics.median(ratios), "interval": [low, high], "against": {fastest: statistics.median(spent[fastest])}}
+    middle = {"interval": [low, high], "interval_of": "middle half of the steps"}
+    return {"figure": statistics.median(ratios), **middle, "against": {fastest: statistics.median(spent[fastest])}}
 
 
 def ours(student: Checkpoint, examples: Sequence[Example], loss: Loss, batches: Sequence[tuple[int, list[int]]], seed: int) -> list[float]:

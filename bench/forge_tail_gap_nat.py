@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench import stamps
 from bench.naive import live
 from bench.settings import TRANSLATION, Settings
 from coordinator.forge.students.cut import evenly
@@ -57,7 +58,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             arm: {"figure": nll[arm] - nll["dense"], "interval": gap(arms[arm], arms["dense"], seed=settings.seed)} for arm in ARMS[1:]
         },
         "caches": caches,
-        "seconds": {arm: found["seconds"] for arm, found in arms.items()},
+        "seconds_of_training": {arm: found["seconds"] for arm, found in arms.items()},
         "teacher": {"digest": bench.teacher.digest, "held-out nat a token": settings.kept(KEY, "teacher", bench.teacher_nll)},
         "n": len(bench.held_out),
         "steps": bench.steps,
@@ -78,6 +79,7 @@ class Bench:
         """The lead's, or made here once."""
         given, made = self.settings.work / "teacher.gguf", self.folder / "teacher.gguf"
         if given.is_file() and not self.settings.quick:
+            self.settings.used(given, stamps.read(given))
             return Checkpoint.read(given)
         steps = 3 if self.settings.quick else CORRECTED_STEPS
         return self.settings.corrected(made, self.records("train", 3 * PAIRS, skip=PAIRS), steps=steps)

@@ -45,6 +45,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     return {
         "figure": statistics.median(share),
         "interval": quartiles(share),
+        "interval_of": "middle half of the steps",
         "against": {"transformers forward and backward, tokens a CPU-second": statistics.median(rates["limit"])},
         "ours": {"tokens a CPU-second": statistics.median(rates["ours"])},
         "n": turns,

@@ -1,6 +1,7 @@
 """The vocabulary trim: how much smaller and faster the packaged teacher gets, and how much of unseen general text still tokenises the same.
 
-Counted, as a forge run counts: the task's training pairs and, up to `PIECES`, English and Spanish word lists with frequencies (`wordfreq`).
+The setting is `milpa-coordinator distill --pieces 46000`; by default there are fewer, for a small student's sake. Counted, as there: the
+task's training pairs and, up to `PIECES`, English and Spanish word lists with frequencies (`wordfreq`).
 Coverage is of text that was not counted: NTREX-MX (news) and the Tatoeba test set, both languages of both. Share of text = tokens that are
 still there at the same place. The curve says what other numbers of pieces buy.
 """
@@ -14,19 +15,19 @@ import msgspec
 from bench.settings import TRANSLATION, Settings
 from bench.speed import decode_speed, ratio, unfinished
 from coordinator.forge.pairs import read_pairs
-from coordinator.forge.students.trim import coverage, trim
+from coordinator.forge.students.trim import coverage
 from protocol.models.engine import Engine
 
-LANGUAGES = ("en", "es")
 PIECES = 46_000  # 2.5 times smaller and twice as fast; 99% of unseen general text takes 70,000 and gives up both
 CURVE = (25_000, 30_000, 60_000, 70_000, 90_000)
 PROMPTS, TURNS = 6, 5
+QUICK_PIECES = 400
 
 
 def measure(settings: Settings) -> dict[str, Any]:
     base = settings.base()
     unseen = texts(settings)
-    chosen = made(settings, 300 if settings.quick else PIECES)
+    chosen = settings.trimmed_for_users(QUICK_PIECES if settings.quick else PIECES)
     found = msgspec.to_builtins(coverage(base, chosen, [text for part in unseen.values() for text in part]))
     parts = {name: msgspec.to_builtins(coverage(base, chosen, part)) for name, part in unseen.items()}
     speeds = speed(settings, {"untrimmed": base, "trimmed": chosen})
@@ -57,20 +58,11 @@ def texts(settings: Settings) -> dict[str, list[str]]:
     }
 
 
-def made(settings: Settings, pieces: int) -> Path:
-    path = settings.folder("trim") / f"{pieces}.gguf"
-    if not path.is_file():
-        counted = [text for one in settings.pairs("train") for text in (TRANSLATION.prompt(one), TRANSLATION.target(one), one.target or "")]
-        counted.append(TRANSLATION.template)
-        trim(settings.base(), counted, path, frequent=0, general=LANGUAGES, pieces=pieces)
-    return path
-
-
 def curve(settings: Settings, unseen: dict[str, list[str]]) -> list[dict[str, Any]]:
     everything = [text for part in unseen.values() for text in part]
 
     def point(pieces: int) -> dict[str, Any]:
-        path = made(settings, pieces)
+        path = settings.trimmed_for_users(pieces)
         found = coverage(settings.base(), path, everything)
         row = {"pieces": found.after, "same": found.same, "segments": found.identical, "megabytes": path.stat().st_size / 1e6}
         path.unlink()

@@ -4,14 +4,16 @@ Every row is measured by bench/TABLE_KEY.py (see `bench.settings`) in a process 
 Rules:
  * A measured key is kept in WORK/KEY.json and taken from there by the next run; `--only KEY` measures again what was finished (its folder
    is put aside as WORK/KEY.before) and goes on with what was not.
- * bench/results/TABLE.json holds one entry a figure, each with the machine, commit, day and command of its own measurement; TABLE.md beside
-   it is the same to read.
+ * bench/results/TABLE.json holds one entry a figure, each with the machine, command, commit, day and seconds of its own measurement. Where
+   that was gone on with, they are of all its parts (`bench.stamps`): the seconds together, commit and day from the oldest to the newest.
+   TABLE.md beside it is the same to read.
+ * `interval` is of 95%, unless `interval_of` says what else it is; a figure that is `at_least_so` may be larger.
  * `--quick` runs tiny models in seconds, to see that it runs, and writes nothing to bench/results.
 """
 
 import argparse
-import datetime
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -22,13 +24,14 @@ from typing import Any
 
 import msgspec
 
+from bench import stamps
 from bench.result import RESULTS, print_table
-from bench.settings import Settings
-from coordinator.forge.judging.evidence import commit, machine
+from bench.settings import LIMIT_S, Settings
+from coordinator.forge.judging.evidence import machine
 from protocol.blobs import write_atomically
 from protocol.errors import BadInput, MilpaError
 
-LIMIT_S = 24 * 3600  # of one measure
+DEADLINE_S = 24 * 3600  # of one measure
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -72,7 +75,7 @@ class Table(msgspec.Struct, frozen=True):
         parser.add_argument("--work", type=Path, help=f"kept between runs; by default var/{self.name}")
         parser.add_argument("--threads", type=int, default=1)
         parser.add_argument("--seed", type=int, default=1)
-        parser.add_argument("--limit", type=float, default=4 * 3600.0, help="seconds after which a slow baseline is stopped")
+        parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds after which a slow baseline is stopped")
         parser.add_argument("--only", default="", help="one key, or several with commas")
         parser.add_argument("--quick", action="store_true", help="tiny models, seconds; nothing is written to bench/results")
         parser.add_argument("--one", help=argparse.SUPPRESS)  # the process of one measure
@@ -105,7 +108,7 @@ class Table(msgspec.Struct, frozen=True):
             options += ["--threads", settings.threads, "--seed", settings.seed, "--limit", settings.limit_s]
             quick = ["--quick"] if settings.quick else []
             command = [sys.executable, "-m", f"bench.{self.name}", "--one", key, *map(str, options), *quick]
-            done = subprocess.run(command, timeout=LIMIT_S, check=False)
+            done = subprocess.run(command, timeout=DEADLINE_S, check=False)
             if done.returncode or not result.is_file():
                 return False
         if not settings.quick:
@@ -118,16 +121,15 @@ class Table(msgspec.Struct, frozen=True):
 
         torch.set_num_threads(settings.threads)
         settings.work.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
+        began, run = time.monotonic(), stamps.run()
         found = importlib.import_module(f"bench.{self.name}_{key}").measure(settings)
+        limit = "" if settings.limit_s == LIMIT_S else f" LIMIT={settings.limit_s:g}"
         about = {
-            "seconds": round(time.monotonic() - began, 1),
             "threads": settings.threads,
             "seed": settings.seed,
-            "day": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            **stamps.summary(settings.parts, run, seconds=time.monotonic() - began),
             "machine": machine(),
-            "commit": commit(),
-            "command": f"make bench-{self.name} ONLY={key} DATA=FOLDER THREADS={settings.threads} SEED={settings.seed}",
+            "command": f"make bench-{self.name} ONLY={key} DATA=FOLDER THREADS={settings.threads} SEED={settings.seed}{limit}",
         }
         entries = {name: entry | about for name, entry in self.judged(key, found).items()}
         write_atomically(settings.work / f"{key}.json", msgspec.json.format(msgspec.json.encode(entries)))
@@ -178,21 +180,35 @@ class Table(msgspec.Struct, frozen=True):
         for key, row in self.rows.items():
             for name, what, target in zip(row.names(key), row.what, row.at_least, strict=True):
                 entry = figures.get(name)
-                figure = "" if entry is None else "none" if entry["figure"] is None else f"{entry['figure']:.4g}"
+                figure = "" if entry is None else _shown(entry)
                 met = "-" if entry is None else "yes" if entry.get("met") else "no"
                 rows.append((name, figure, f"{'<=' if row.at_most else '>='} {target:g}", met, what))
         return rows
 
     def page(self, figures: Mapping[str, Any]) -> str:
-        """The table as Markdown, each figure with its 95% interval, n, and the day and commit of its measurement."""
+        """The table as Markdown, each figure with its interval, n, and the day and commit of its measurement."""
         lines = [f"# What was promised and what was measured: `make bench-{self.name}`", ""]
         lines += ["| key | what | figure | goal | met | interval | n | measured |", "|---|---|--:|--:|---|---|--:|---|"]
         for name, figure, goal, met, what in self.table(figures)[1:]:
             entry = figures.get(name, {})
-            interval = " to ".join(f"{edge:.4g}" for edge in entry["interval"]) if entry.get("interval") else ""
-            when = f"{entry['day']}, {entry['commit'][:7]}, {entry['threads']} thread(s)" if "commit" in entry else ""
+            interval = " to ".join(f"{edge:.4g}" for edge in entry.get("interval") or ())
+            if "interval_of" in entry:
+                interval += f", {entry['interval_of']}"
+            when = f"{entry['day']}, {_brief(entry['commit'])}, {entry['threads']} thread(s)" if "commit" in entry else ""
             lines.append(f"| `{name}` | {what} | {figure} | {goal} | {met} | {interval} | {entry.get('n', '')} | {when} |")
-        return "\n".join(lines) + f"\n\nMore of each, and what stood beside it: `{self.name}.json`. How it came about: `docs/log.md`.\n"
+        lines += ["", "An interval is of 95%, unless it says what else it is."]
+        return "\n".join(lines) + f" More of each, and what stood beside it: `{self.name}.json`. How it came about: `docs/log.md`.\n"
+
+
+def _shown(entry: Mapping[str, Any]) -> str:
+    if entry["figure"] is None:
+        return "none"
+    return f"{'at least ' if entry.get('at_least_so') else ''}{entry['figure']:.4g}"
+
+
+def _brief(commits: str) -> str:
+    """Seven digits of each; "+changes" stays."""
+    return re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}\b", r"\1", commits)
 
 
 def _put_aside(folder: Path) -> None:

@@ -3,12 +3,14 @@
 Training is bought in CPU-seconds (`threads` of them a second); a killed run goes on where it was, its earlier seconds counted.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from bench import stamps
 from bench.settings import Settings
 from coordinator.forge.judging.evaluation import Evaluation, evaluate
 from coordinator.forge.judging.metrics import paired_ratio
@@ -27,16 +29,37 @@ def distilled(settings: Settings, key: str, task: Task, records: Sequence[Record
         few = Recipe(mode="full", learning_rate=3e-3, steps=4)
         plan = {"blocks": 2, "kind": "Q8_0", "correct": few, "student": few}
     budget = Budget.named(str(LEAST_S)) if settings.quick else budget.over(settings.threads)
-    folder = settings.folder(key)
-    return forge(
+    stages = settings.folder(key) / "stages"
+    before, done, began = stamps.read(stages), _finished(stages), time.monotonic()
+    now = stamps.begun(stages)
+    made = forge(
         task,
         records,
-        work=folder / "stages",
-        out=folder / "model",
+        work=stages,
+        out=settings.folder(key) / "model",
         plan=Plan(budget=budget, seed=settings.seed, threads=settings.threads, **plan),
         base=settings.base() if settings.quick else None,
         progress=_told(key),
     )
+    if _finished(stages) == done and before.seconds is not None:  # nothing was left to do
+        stamps.write(stages, before)
+        settings.used(stages, before)
+        return made
+    here = time.monotonic() - began
+    stamp = stamps.Stamp(now.runs, seconds=max(here, _seconds(made.lineage)), here=here)
+    stamps.write(stages, stamp)
+    settings.used(stages, stamp)
+    return made
+
+
+def _finished(stages: Path) -> set[Path]:
+    return set(stages.glob("*/finished.json"))
+
+
+def _seconds(lineage: Mapping[str, Any]) -> float:
+    """Of all stages; a training's are those of every run of it, a stage's only of the run that finished it."""
+    told = [report for report in lineage.values() if isinstance(report, dict) and "seconds" in report]
+    return sum(max(report["seconds"], report.get("training", {}).get("seconds", 0.0)) for report in told)
 
 
 def answered(settings: Settings, key: str, name: str, model: Path, records: Sequence[Record], task: Task) -> Evaluation:

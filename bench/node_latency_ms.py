@@ -2,7 +2,7 @@
 
     latency_ms     ms from the record's prompt to its whole answer, p50, one thread, in the engine
     latency_ms_2   ms by which the first answer over HTTP is later on a node that asks a peer about every record: difference of medians
-                   against a node that has nobody to ask, in whole ms; `difference` has the decimals and the 95% interval
+                   against a node that has nobody to ask, in whole ms; `difference` has the decimals
 
 The student is of the `small` preset, Q4_K_M, its vocabulary trimmed to ranch records; it has learned nothing, which changes no time but
 one: it would not end. So each answer is as long as the record's own target, its end token included. Beside the wall clock stands the
@@ -81,16 +81,18 @@ def student(settings: Settings, name: str = "small") -> Path:
     """The file of that preset, made once."""
     folder = settings.folder("latency_ms")
     path = folder / f"{name}-ranch.gguf"
-    if not path.is_file():
-        counted = ranch(settings, "train", COUNTED)
-        texts = [text for one in counted for text in (RANCH.prompt(one), RANCH.target(one))]
-        trimmed, cut = folder / "trimmed.gguf", folder / "cut.gguf"  # the first is the peer's model
-        trim(settings.base(), [*texts, RANCH.template, *RANCH.codes], trimmed)
+    counted = ranch(settings, "train", COUNTED)
+    texts = [text for one in counted for text in (RANCH.prompt(one), RANCH.target(one))]
+    base, trimmed, cut = settings.base(), folder / "trimmed.gguf", folder / f"{name}-cut.gguf"  # the second is the peer's model
+    settings.once(trimmed, lambda: trim(base, [*texts, RANCH.template, *RANCH.codes], trimmed))
+
+    def make() -> None:
         with Tokenizer(trimmed) as tokenizer:
             examples = [make_example(tokenizer, RANCH, record) for record in counted[:CALIBRATED_ON]]
         cut_evenly(Checkpoint.read(trimmed), examples, quick=settings.quick, name=name).write(cut)
         quantise(cut, path, "F16" if settings.quick else "Q4_K_M", threads=settings.threads)
-    return path
+
+    return settings.once(path, make)
 
 
 # ---- the engine
@@ -155,7 +157,7 @@ def delay(settings: Settings, model: Path) -> dict[str, Any]:
     difference = medians["asking"] - medians["alone"]
     low, high = interval(took["asking"], took["alone"], seed=settings.seed)
     return {
-        "figure": float(round(difference)), "difference": {"ms": difference, "low": low, "high": high}, "against": {"p50, ms": medians},
+        "figure": float(round(difference)), "interval": [low, high], "difference": {"ms": difference}, "against": {"p50, ms": medians},
         "n": len(took["asking"]), "tokens": tokens,
     }  # fmt: skip
 

@@ -50,11 +50,11 @@ STALLED_S = 300.0  # seconds without one more record in the ledger: something is
 def measure(settings: Settings) -> dict[str, Any]:
     records = QUICK_RECORDS if settings.quick else RECORDS
     run = Run(settings.folder("records_lost"), records, settings.seed, QUICK_FAULT_EVERY if settings.quick else FAULT_EVERY)
-    began = time.monotonic()
-    run.go()
+    with settings.continued(run.journal):
+        run.go()
     lost, twice = run.judge()
     about = {
-        "n": records, "against": {}, "faults": run.faults, "seconds": round(time.monotonic() - began, 1),
+        "n": records, "against": {}, "faults": run.faults,
         "scaled": f"resend {RESEND_S:g} s for 60, set aside {ASIDE_S:g} s for 3600",
     }  # fmt: skip
     return {

@@ -3,19 +3,24 @@
 Rules:
  * A measure is a module bench/forge_KEY.py with `measure(settings)`; it returns {"figure": number, "against": {...}, "n": ...} or, for
    several figures of a row, {KEY: {...}, KEY_2: {...}}.
- * It keeps what took long in `settings.folder(KEY)`, whole or not at all, and goes on from there after a kill.
+ * It keeps what took long in `settings.folder(KEY)`, whole or not at all, and goes on from there after a kill. Every part is made through
+   `once` or `kept`, which stamp it (`bench.stamps`); what a part is made of is made before it, not inside.
  * `quick` means tiny models and seconds: the measure's code is exercised, its figure means nothing.
  * Shares are numbers in [0, 1]; times are seconds.
 """
 
-from collections.abc import Callable, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from coordinator.forge.pairs import read_pairs
-from coordinator.forge.students.trim import trim
+from bench import stamps
+from coordinator.forge.pairs import read_pairs, translated
+from coordinator.forge.students.trim import FREQUENT, PIECES, trim
 from coordinator.forge.teachers.packaged import packaged_teacher
 from protocol.blobs import write_atomically
 from protocol.tasks import Record, translation
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 
 TRANSLATION = translation("English", "Spanish")
 COUNTED = 40_000  # pairs whose pieces are counted for the shared trimmed vocabulary
+LIMIT_S = 4 * 3600.0  # seconds after which a slow baseline is stopped, unless another number is said
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -35,7 +41,8 @@ class Settings(msgspec.Struct, frozen=True):
     threads: int = 1
     seed: int = 1
     quick: bool = False
-    limit_s: float = 4 * 3600.0  # wall-clock after which a slow baseline is stopped
+    limit_s: float = LIMIT_S  # wall-clock after which a slow baseline is stopped
+    parts: dict[str, stamps.Stamp] = msgspec.field(default_factory=dict)  # that the measure used so far, by file
 
     def folder(self, key: str) -> Path:
         """Where that measure keeps what it has so far."""
@@ -46,9 +53,31 @@ class Settings(msgspec.Struct, frozen=True):
     def kept(self, key: str, name: str, make: Callable[[], Any]) -> Any:
         """A part of a measure, JSON, computed once."""
         file = self.folder(key) / f"{name}.json"
-        if not file.is_file():
-            write_atomically(file, msgspec.json.format(msgspec.json.encode(make())))
+        self.once(file, lambda: write_atomically(file, msgspec.json.format(msgspec.json.encode(make()))))
         return msgspec.json.decode(file.read_bytes())
+
+    def once(self, path: Path, make: Callable[[], object]) -> Path:
+        """A part of a measure, a file that `make` leaves at `path`, made once."""
+        if path.is_file():
+            self.used(path, stamps.read(path))
+        else:
+            with self.continued(path):
+                make()
+        return path
+
+    @contextmanager
+    def continued(self, part: Path) -> Iterator[None]:
+        """Work on a part: a file, or a folder that is gone on with after a kill."""
+        stamp, began = stamps.begun(part), time.monotonic()
+        yield
+        spent = time.monotonic() - began
+        stamp = stamps.Stamp(stamp.runs, seconds=spent, here=spent)
+        stamps.write(part, stamp)
+        self.used(part, stamp)
+
+    def used(self, part: Path, stamp: stamps.Stamp) -> None:
+        """Have the entry of this measure say who made that part."""
+        self.parts.setdefault(os.path.relpath(part, self.work), stamp)
 
     def pairs(self, part: str, limit: int | None = None) -> list[Record]:
         """Tatoeba's "train", "dev" or "test"; a handful of made-up ones when quick."""
@@ -68,15 +97,23 @@ class Settings(msgspec.Struct, frozen=True):
         return packaged_teacher(self.folder("shared"))
 
     def trimmed(self) -> Path:
-        """The packaged model with the vocabulary of the training pairs: about 25,000 pieces."""
+        """The packaged model with the vocabulary of the training pairs alone: about 25,000 pieces."""
         path = self.folder("shared") / "trimmed.gguf"
         if self.quick:
             return _tiny(path)
-        if not path.is_file():
-            records = self.pairs("train", COUNTED)
-            texts = [text for one in records for text in (TRANSLATION.prompt(one), TRANSLATION.target(one))]
-            trim(self.base(), [*texts, TRANSLATION.template], path)
-        return path
+        base = self.base()
+        return self.once(path, lambda: trim(base, self._counted(COUNTED), path))
+
+    def trimmed_for_users(self, pieces: int = PIECES) -> Path:
+        """The packaged model with the vocabulary of `milpa-coordinator distill --pieces N`: all pairs, general words of both languages."""
+        path, base = self.folder("shared") / f"trimmed-{pieces}.gguf", self.base()
+        frequent = 0 if self.quick else FREQUENT  # the tiny vocabulary has no more
+        general = translated(TRANSLATION)
+        return self.once(path, lambda: trim(base, self._counted(), path, frequent=frequent, general=general, pieces=pieces))
+
+    def _counted(self, limit: int | None = None) -> list[str]:
+        texts = [text for one in self.pairs("train", limit) for text in (TRANSLATION.prompt(one), TRANSLATION.target(one))]
+        return [*texts, TRANSLATION.template]
 
     def corrected(self, path: Path, records: Sequence[Record], *, steps: int) -> "Checkpoint":
         """The trimmed model after some steps on these records, made once, at `path`."""
@@ -84,12 +121,15 @@ class Settings(msgspec.Struct, frozen=True):
         from protocol.models.checkpoint import Checkpoint
         from protocol.models.tokenizer import Tokenizer, make_example
 
-        if not path.is_file():
-            teacher = Checkpoint.read(self.trimmed())
-            with Tokenizer(self.trimmed()) as tokenizer:
+        trimmed = self.trimmed()
+
+        def correct() -> None:
+            teacher = Checkpoint.read(trimmed)
+            with Tokenizer(trimmed) as tokenizer:
                 examples = [make_example(tokenizer, TRANSLATION, record) for record in records]
             trained(teacher, examples, upper_half(teacher.blocks, steps=steps), seed=self.seed)[0].write(path)
-        return Checkpoint.read(path)
+
+        return Checkpoint.read(self.once(path, correct))
 
 
 def _tiny(path: Path) -> Path:

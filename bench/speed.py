@@ -47,7 +47,7 @@ def unfinished(sentences: Sequence[str], count: int) -> list[str]:
 def ratio(speeds: Mapping[str, Mapping[str, Any]], fast: str, slow: str) -> dict[str, Any]:
     """Median over turns of fast / slow, with the lowest and the highest turn."""
     found = [a / b for a, b in zip(speeds[fast]["turns"], speeds[slow]["turns"], strict=True)]
-    return {"figure": statistics.median(found), "range": [min(found), max(found)]}
+    return {"figure": statistics.median(found), "interval": [min(found), max(found)], "interval_of": "lowest to highest turn"}
 
 
 def _writing(engine: Engine, prompt: str) -> tuple[int, float]:

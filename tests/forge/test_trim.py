@@ -90,7 +90,7 @@ def test_with_general_words_what_texts_use_least_gives_way_to_the_limit(tiny: Pa
 
 
 def test_a_limit_below_what_always_stays_is_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="300 pieces are too few: 3.. always stay"):
+    with pytest.raises(BadInput, match=r"300 pieces are too few: \d+ always stay"):
         trim(tiny, TEXTS, tmp_path / "small.gguf", frequent=0, general=["en"], pieces=300)
 
 

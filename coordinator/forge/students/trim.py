@@ -1,12 +1,15 @@
-"""Lossless vocabulary trimming: drop pieces a task never uses; each text of the counting corpus tokenises to the same pieces as before.
+"""Vocabulary trimming: drop the pieces that a task does not use; what stays is built of the same merges as before.
 
-72% of the packaged Gemma are embeddings of 262,144 pieces. Kept are
- * pieces that the counting corpus uses (prompts with their template, targets, any general text given),
- * all intermediate merges of each kept piece: SentencePiece builds a piece from two shorter ones, and would not reach it without them,
- * control and byte pieces (any text still has a spelling), single Latin characters,
+72% of the packaged Gemma are embeddings of 262,144 pieces. Always kept are
+ * control and byte pieces (any text still has a spelling), single Latin characters, every single character of the counted texts,
  * the `frequent` earliest Latin merges, so that an unseen word falls into syllables and not into letters,
- * with `general` languages: common punctuation, then the pieces of those languages' words (`general_weights`), heaviest first, until
-   there are `pieces`.
+ * with `general` languages: common punctuation.
+Then, in this order,
+ * pieces that the counting corpus uses (prompts with their template, targets, any general text given), the most used first,
+ * with `general` languages: the pieces of those languages' words (`general_weights`), heaviest first.
+Each comes with all its intermediate merges: SentencePiece builds a piece from two shorter ones, and would not reach it without them.
+With `general` languages there are never more than `pieces`: where the counted texts use more, what they use least is spelled in shorter
+pieces. Without them nothing limits what is counted, and each counted text tokenises to the same pieces as before.
 Rows of the embedding are cut as stored; nothing is requantised. How many pieces buy which coverage: docs/adr/0014.
 """
 
@@ -19,13 +22,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from protocol.errors import BadInput
 from protocol.models.checkpoint import TOKEN_BYTE, TOKEN_NORMAL, Checkpoint, Value, Vocabulary
 from protocol.models.tokenizer import Tokenizer
 from protocol.names import known
 
 SPECIALS = ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")
 FREQUENT = 3000  # pieces; about 2 MB at width 640 and 8 bits
-PIECES = 30_000  # with general languages; with more, the `small` student is over 40 MB in Q4_K_M
+PIECES = 30_000  # at most, with general languages; with more, the `small` student is over 40 MB in Q4_K_M
 PUNCTUATION = 300  # pieces
 RAREST = 3e-7  # of all words: what is rarer is in no vocabulary as one piece
 UNSPACED = 0.03  # of words have no space before them: first of a line, after a quotation mark
@@ -54,10 +58,12 @@ def trim(
 ) -> Checkpoint:
     """Write `source` with only the pieces that `texts` and the `general` languages ("en", "es") need (see above) to `target`.
 
-    What `texts` need is kept even where it is more than `pieces`.
+    Args:
+        pieces: the most there may be, with `general` languages; without any it is not looked at.
 
     Raises:
         UnknownName: a language without a word list.
+        BadInput: `pieces` is less than what always stays.
     """
     checkpoint = Checkpoint.read(source)
     with Tokenizer(source) as tokenizer:
@@ -70,9 +76,21 @@ def trim(
 
 
 def keep_set(
-    checkpoint: Checkpoint, used: Iterable[int], *, frequent: int = FREQUENT, weights: Mapping[int, float] | None = None, pieces: int = 0
+    checkpoint: Checkpoint,
+    used: Mapping[int, int],
+    *,
+    frequent: int = FREQUENT,
+    weights: Mapping[int, float] | None = None,
+    pieces: int = PIECES,
 ) -> list[int]:
-    """Ids to keep, ascending; of `weights` the heaviest, until there are `pieces`."""
+    """Ids to keep, ascending; at most `pieces` where there are `weights` of general words.
+
+    Args:
+        used: how often the counted texts have each id.
+
+    Raises:
+        BadInput: `pieces` is less than what always stays.
+    """
     vocabulary = checkpoint.vocabulary
     scores = dict(zip(vocabulary.tokens, vocabulary.scores.tolist(), strict=True))
     ids = {piece: i for i, piece in enumerate(vocabulary.tokens)}
@@ -83,23 +101,24 @@ def keep_set(
     normal = vocabulary.types == TOKEN_NORMAL
     latin = [i for i in np.flatnonzero(normal).tolist() if _latin(vocabulary.tokens[i])]
     keep |= {i for i in latin if len(vocabulary.tokens[i]) == 1}
-    keep |= {ids[character] for character in _ALWAYS if character in ids}
+    keep |= {ids[character] for character in {*_ALWAYS, *(c for i in used if normal[i] for c in vocabulary.tokens[i])} if character in ids}
     merges = [i for i in latin if len(vocabulary.tokens[i]) > 1]
 
-    def add(i: int) -> None:
-        keep.add(i)
-        if normal[i]:
-            keep.update(ids[piece] for piece in _steps(vocabulary.tokens[i], scores))
+    def whole(i: int) -> set[int]:
+        """The piece and all it is merged from."""
+        return {i, *(ids[piece] for piece in _steps(vocabulary.tokens[i], scores))} if normal[i] else {i}
 
-    for i in set(used) | set(sorted(merges, key=lambda i: -vocabulary.scores[i])[:frequent]):
-        add(i)
-    if weights:
-        for i in _punctuation(vocabulary)[:PUNCTUATION]:
-            add(i)
-        for i in sorted(weights, key=lambda i: (-weights[i], i)):
-            if len(keep) >= pieces:
-                break
-            add(i)
+    always = sorted(merges, key=lambda i: -vocabulary.scores[i])[:frequent] + (_punctuation(vocabulary)[:PUNCTUATION] if weights else [])
+    keep.update(*map(whole, always))
+    limit = pieces if weights else len(vocabulary.tokens)
+    if len(keep) > limit:
+        raise BadInput(f"{limit:,} pieces are too few: {len(keep):,} always stay (bytes, single characters, the most frequent merges)")
+    general = weights or {}
+    for i in (*sorted(used, key=lambda i: (-used[i], i)), *sorted(general, key=lambda i: (-general[i], i))):
+        more = whole(i) - keep
+        if len(keep) + len(more) > limit:
+            break
+        keep |= more
     return sorted(keep)
 
 
