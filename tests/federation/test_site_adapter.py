@@ -312,21 +312,46 @@ def test_a_speaker_keeps_the_digests_it_began_with(tmp_path: Path) -> None:
     assert (before.adapter_digest, Speaker(engine, "ranch").adapter_digest) == ("", digest_file(adapter))
 
 
+def judged_good(release: tuple[Path, Release], ours: Path, learned: str) -> Judged:
+    """What `milpa-node learn --judge` leaves on disk."""
+    state, found = release
+    model = found.file("student", "model")
+    assert model is not None
+    judged = Judged(learned, True, "more became right", 1.0, adapter=digest_file(ours), base=model.digest)
+    path = site.path_of(state, 1, judged)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(ours.read_bytes())
+    site.judged(state, 1, judged)
+    return judged
+
+
+@pytest.mark.llama
+def test_a_node_that_does_not_learn_by_itself_takes_up_what_the_timer_judged(release: tuple[Path, Release], tmp_path: Path) -> None:
+    from node.app import Daemon
+    from node.settings import read
+    from tests.node.conftest import ask, eventually
+
+    flags = {"node.state_dir": str(release[0]), "api.port": 0, "model.context": 256, "learn.auto": False}
+    daemon = Daemon(read(flags=flags, environment={})[0])
+    daemon.start()
+    try:
+        judged = judged_good(release, write_adapter(tmp_path / "ours.gguf", scale=0.7), "by the timer")
+        daemon.learner.look_soon()
+
+        eventually(lambda: ask(daemon.server.url).json()["x_milpa"]["adapter_digest"] == judged.adapter)
+        assert "learn.auto is off" in daemon.status()["learn"]["reason"]
+    finally:
+        daemon.stop()
+
+
 @pytest.mark.llama
 def test_a_whole_node_boots_with_its_own_adapter_and_every_answer_names_it(release: tuple[Path, Release], tmp_path: Path) -> None:
     from node.app import Daemon
     from node.settings import read
     from tests.node.conftest import ask
 
-    state, found = release
-    model = found.file("student", "model")
-    assert model is not None
-    ours = write_adapter(tmp_path / "ours.gguf", scale=0.6)
-    judged = Judged("l1", True, "more became right", 1.0, adapter=digest_file(ours), base=model.digest)
-    path = site.path_of(state, 1, judged)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(ours.read_bytes())
-    site.judged(state, 1, judged)
+    state, _ = release
+    judged = judged_good(release, write_adapter(tmp_path / "ours.gguf", scale=0.6), "l1")
     daemon = Daemon(read(flags={"node.state_dir": str(state), "api.port": 0, "model.context": 256}, environment={})[0])
     daemon.start()
     try:

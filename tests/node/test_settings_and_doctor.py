@@ -99,6 +99,21 @@ except BadInput as error:
     assert f"cannot read {closed / 'node.toml'}: Permission denied; run it with sudo" in told
 
 
+def test_a_reload_that_may_not_see_the_node_does_not_say_that_none_runs(closed: Path) -> None:
+    program = """
+import node.client
+from node.settings import read
+from protocol.errors import Unavailable
+node.client.daemon_status = lambda settings: {"node": "esteli"}  # one answers on its port
+drop()
+try:
+    node.client.reload_daemon(read(flags={"node.state_dir": sys.argv[1]}, environment={})[0])
+except Unavailable as error:
+    print(error)
+"""
+    assert "closed to this user; use sudo" in as_another_user(program, str(closed / "milpa"))
+
+
 def test_the_doctor_says_that_a_folder_is_closed_to_this_user_and_goes_on_with_the_rest(closed: Path, tmp_path: Path) -> None:
     program = """
 import msgspec
