@@ -1,6 +1,5 @@
 """`milpa-coordinator evaluate`: how good a model file is, on records with known answers, alone or beside others."""
 
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +36,9 @@ def evaluate(
     ),
     limit: int | None = typer.Option(None, min=1, help="Only the first so many records of each set."),
     few_shot: int = typer.Option(0, "--few-shot", min=0, max=32, help="Show --model so many solved examples before each record."),
-    examples: Path | None = typer.Option(None, help="With --few-shot: where they come from; never a file evaluated on."),
+    examples: Path | None = typer.Option(
+        None, help="With --few-shot: where they come from, in the form of --pairs or --records; never a file evaluated on."
+    ),
     peer: str | None = typer.Option(None, help="Also ask this system for the same records: 'apertium'."),
     train: Path | None = typer.Option(None, help="Verdict tasks: training records, for the baselines (majority, nearest, trees)."),
     categories: bool = typer.Option(
@@ -69,6 +70,7 @@ def evaluate(
         milpa-coordinator evaluate --model teacher.gguf --pairs test.tsv --few-shot 5 --examples dev.tsv --limit 200
     """  # noqa: E501
     from coordinator.forge.judging import economics, evaluation, peers
+    from coordinator.forge.judging.evidence import repeat_line
     from coordinator.forge.pairs import read_records
     from protocol.names import known
 
@@ -80,12 +82,14 @@ def evaluate(
     power = economics.given(watts)
     wanted, files, found = read_sets(pairs, source, target, task, records, limit)
     others = opponents(against)
+    lineage = lineage_of(model, adapter)
     if train is not None and not wanted.codes:
         raise BadInput("--train is for verdict tasks: their baselines learn from it; a translation has --peer")
     learned_from = read_records(train, wanted) if train is not None else []
     asked, context = wanted, evaluation.CONTEXT
     if few_shot:
-        asked, context = with_examples(wanted, examples, few_shot, avoid=list(files.values())), evaluation.FEW_SHOT_CONTEXT
+        shown = read_examples(wanted, examples, few_shot, pairs=bool(pairs), avoid=list(files.values()))
+        asked, context = evaluation.few_shot(wanted, shown), evaluation.FEW_SHOT_CONTEXT
     # before the long work, and judged after it
     answers = {name: peers.apertium(rows, wanted) for name, rows in found.items()} if peer else {}
     with progress_bar() as bar:
@@ -108,10 +112,19 @@ def evaluate(
         figures["peers"] = {peer: peer_figures(answers[first], judged[first][peer], result, seed)}
     proof: dict[str, Any] = {}
     if others or categories or report or evidence or len(found) > 1 or learned_from:
+        flags: dict[str, object] = {"--source": source, "--target": target} if task is None else {"--task": task}
+        flags |= {"--adapter": adapter, "--limit": limit, "--few-shot": few_shot or None, "--examples": examples}
+        flags |= {"--peer": peer, "--train": train, "--watts": watts}
         proof = proven(
-            wanted, judged, found if categories or report or evidence or learned_from else None, learned_from, power, seed=seed,
-            command=repeat_line(model, adapter, files, others, wanted, source, target, limit, few_shot, examples, peer, train, watts, seed),
-        )  # fmt: skip
+            wanted,
+            judged,
+            found if categories or report or evidence or learned_from else None,
+            learned_from,
+            power,
+            lineage,
+            seed=seed,
+            command=repeat_line(model, flags, "--pairs" if pairs else "--records", files, others, seed=seed),
+        )
         figures |= {key: proof[key] for key in ("sets", "statements", "regressions", "not_tested")}
         figures["economics"] = proof["sets"][first]["economics"]
     if out is not None:
@@ -201,6 +214,7 @@ def proven(
     records: Mapping[str, Sequence["Record"]] | None,
     learned_from: Sequence["Record"],
     power: Any,
+    lineage: Sequence[Mapping[str, Any]],
     *,
     seed: int,
     command: str,
@@ -215,29 +229,35 @@ def proven(
         simple = {name: baselines(learned_from, rows) for name, rows in records.items()}
     return evidence.bundle(
         release=0, task=task.name, sets=judged, records=records, baselines=simple, seed=seed, command=command, power=power,
-        machine=evidence.machine(), commit=evidence.commit(), code=evidence.code(), created=int(time.time()),
+        lineage=lineage, machine=evidence.machine(), commit=evidence.commit(), code=evidence.code(), created=int(time.time()),
     )  # fmt: skip
 
 
-def repeat_line(
-    model: Path, adapter: Path | None, files: Mapping[str, Path], others: Mapping[str, tuple[Path, Path | None]], task: "Task",
-    source: str, target: str, limit: int | None, few_shot: int, examples: Path | None, peer: str | None, train: Path | None,
-    watts: float | None, seed: int,
-) -> str:  # fmt: skip
-    """The command that repeats this evaluation; its figures are the same, but for times."""
-    option = "--records" if task.codes else "--pairs"
-    words: list[object] = ["milpa-coordinator", "evaluate", "--model", model]
-    words += ["--task", task.name] if task.codes else ["--source", source, "--target", target]
-    for name, file in files.items():
-        words += [option, f"{name}={file}"]
-    for name, (file, lora) in others.items():
-        words += ["--against", f"{name}={file}" + (f"+{lora}" if lora else "")]
-    for flag, value in (
-        ("--adapter", adapter), ("--limit", limit), ("--few-shot", few_shot or None), ("--examples", examples), ("--peer", peer),
-        ("--train", train), ("--watts", watts),
-    ):  # fmt: skip
-        words += [flag, value] if value is not None else []
-    return shlex.join(str(word) for word in [*words, "--seed", seed, "--categories", "--json"])
+def lineage_of(model: Path, adapter: Path | None) -> list[dict[str, Any]]:
+    """The steps to a student, from the lineage.json that `distill` wrote beside it; none where it names no such file.
+
+    Raises:
+        BadInput: a lineage.json that names it, and is damaged.
+    """
+    import msgspec
+
+    from coordinator.forge.judging.evidence import lineage_steps
+    from protocol.digests import digest_file
+
+    path = model.with_name("lineage.json")
+    if not path.is_file() or not model.is_file():
+        return []
+    written, digest = path.read_bytes(), digest_file(model)
+    if digest.encode() not in written:
+        return []
+    try:
+        told = msgspec.json.decode(written, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise BadInput(f"{path} is not what `milpa-coordinator distill` wrote ({error}); move it away from the model") from error
+    students = [file["digest"] for name, file in told.get("export", {}).get("files", {}).items() if name.startswith(STUDENT)]
+    if digest not in students:  # the teacher, or the base: none of these steps made it
+        return []
+    return [*lineage_steps(told), *([{"name": adapter.name, "digest": digest_file(adapter), "note": "adapter"}] if adapter else [])]
 
 
 def peer_figures(answers: "PeerAnswers", other: "Evaluation", result: "Evaluation", seed: int) -> dict[str, Any]:
@@ -248,24 +268,22 @@ def peer_figures(answers: "PeerAnswers", other: "Evaluation", result: "Evaluatio
     return other.figures() | {"version": answers.version, "seconds": answers.seconds, "paired": paired}
 
 
-def with_examples(task: "Task", examples: Path | None, count: int, *, avoid: Sequence[Path]) -> "Task":
-    """The task with `count` solved examples before each record.
+def read_examples(task: "Task", examples: Path | None, count: int, *, pairs: bool, avoid: Sequence[Path]) -> list["Record"]:
+    """`count` solved examples, from a file of pairs or of records.
 
     Raises:
         BadInput: no file, too few examples in it, or a file that is evaluated on.
     """
-    from coordinator.forge.judging.evaluation import few_shot
     from coordinator.forge.pairs import read_pairs, read_records
 
     if examples is None:
         raise BadInput("--few-shot needs --examples FILE: solved records that are not among those evaluated")
     if any(examples.exists() and file.exists() and examples.samefile(file) for file in avoid):
         raise BadInput(f"{examples} is also evaluated on; take the examples from another file, such as the dev set")
-    read_file = read_records if task.codes else read_pairs
-    found = read_file(examples, task, limit=count)
+    found = (read_pairs if pairs else read_records)(examples, task, limit=count)
     if len(found) < count:
         raise BadInput(f"{examples} has {len(found)} records, --few-shot asks for {count}")
-    return few_shot(task, found)
+    return found
 
 
 def write(out: Path, value: dict[str, Any]) -> None:

@@ -2,16 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from protocol.console import print_json, progress_bar, stderr
 from protocol.errors import BadInput
 from protocol.names import checked_name
-
-if TYPE_CHECKING:
-    from protocol.tasks import Record, Task
 
 
 def round(
@@ -48,6 +45,7 @@ def round(
     from coordinator.federation.superlink import Keys, address_in, read_key
     from coordinator.fleet.ledger import Ledger
     from coordinator.fleet.publishing import Publisher
+    from coordinator.forge.pairs import read_records
     from coordinator.settings import load_settings
     from protocol.tasks import task_named
 
@@ -57,7 +55,9 @@ def round(
     if latest is None:
         raise BadInput(f"{folder} has no release yet; publish one before a round")
     task = task_named(latest.task)
-    judged, chosen = read_sets(heldout, task, "--heldout"), read_sets(dev, task, "--dev")
+    files = named(heldout, "--heldout")
+    judged = {name: read_records(file, task) for name, file in files.items()}
+    chosen = {name: read_records(file, task) for name, file in named(dev, "--dev").items()}
     etas = read_etas(eta)
     key_folder = superlink_keys or folder / "superlink"
     address = superlink or address_in(key_folder)
@@ -75,7 +75,7 @@ def round(
         with progress_bar() as bar:
             line = bar.add_task("round", total=None)
             result = run_round(
-                folder, ledger=ledger, superlink=address, keys=keys, heldout=judged, dev=chosen, options=options,
+                folder, ledger=ledger, superlink=address, keys=keys, heldout=judged, dev=chosen, files=files, options=options,
                 progress=lambda what, done, total: bar.update(line, description=what, completed=done, total=total or None),
             )  # fmt: skip
     finally:
@@ -86,22 +86,20 @@ def round(
         show(result)
 
 
-def read_sets(given: Sequence[str], task: "Task", option: str) -> dict[str, "list[Record]"]:
-    """NAME=FILE -> records by name.
+def named(given: Sequence[str], option: str) -> dict[str, Path]:
+    """NAME=FILE -> files by name.
 
     Raises:
-        BadInput: not of that form, a name twice, or a file that cannot be used.
+        BadInput: not of that form, or a name twice.
     """
-    from coordinator.forge.pairs import read_records
-
-    found: dict[str, list[Record]] = {}
+    found: dict[str, Path] = {}
     for one in given:
         name, sign, file = one.partition("=")
         if not sign or not file:
             raise BadInput(f"{option} {one!r}: write NAME=FILE.jsonl, such as esteli=held-out.jsonl")
         if checked_name(name, what="set") in found:
             raise BadInput(f"{option}: {name!r} is given twice")
-        found[name] = read_records(Path(file), task)
+        found[name] = Path(file)
     return found
 
 

@@ -39,6 +39,10 @@ GENERAL = "general"  # the set that must not get worse; every other set is a sit
 KNOWN_ANSWERS = 4
 CLEAR = -0.2  # log-probability of the least likely token of a known answer: another processor's rounding must not turn it
 STUDENT: Role = "student"
+ONLY_BEFORE = (
+    "Teacher, float student and peers: a round compares with the release before and nothing else. How far this model file is from its "
+    "teacher stands in the evidence it was first released with."
+)
 
 Progress = Callable[[str, int, int], None]  # (what, done, total); total 0: no telling
 
@@ -76,6 +80,7 @@ def run_round(
     keys: Keys,
     heldout: Mapping[str, Sequence[Record]],
     dev: Mapping[str, Sequence[Record]] | None = None,
+    files: Mapping[str, Path] | None = None,
     options: Options | None = None,
     progress: Progress = lambda what, done, total: None,
     clock: Callable[[], float] = time.time,
@@ -87,6 +92,7 @@ def run_round(
         superlink: HOST:PORT.
         heldout: "general" and site names -> records that neither trained nor chose anything.
         dev: the same for choosing eta and fitting the calibration; without it eta is the first and no calibration is shipped.
+        files: where each held-out set came from, for the command in the evidence that measures it again; without them it has none.
 
     Returns:
         `Result` as a dict without the manifest: round, base_release, decision, reasons, release (None if there is none), accepted,
@@ -112,7 +118,7 @@ def run_round(
         opened = open_round(
             rounds, ledger, base.release, expected=options.expected, deadline_s=options.deadline_s, now=int(clock())
         )  # fmt: skip
-        work = _Round(store, publisher, ledger, base, opened, options, progress, clock)
+        work = _Round(store, publisher, ledger, base, opened, options, files or {}, progress, clock)
         adapters, accepted, refused = work.collect(superlink, keys)
         if not adapters:
             reason = "no adapter was accepted" if refused else "no site had an adapter"
@@ -183,11 +189,12 @@ class _Round:
         base: _Base,
         opened: Opened,
         options: Options,
+        files: Mapping[str, Path],
         progress: Progress,
         clock: Callable[[], float],
     ) -> None:
         self.store, self.publisher, self.ledger, self.base, self.opened = store, publisher, ledger, base, opened
-        self.options, self.progress, self.clock = options, progress, clock
+        self.options, self.files, self.progress, self.clock = options, files, progress, clock
         self.folder = store / "rounds" / str(opened.number)
         self.expected = base.expected(options)
 
@@ -365,12 +372,13 @@ class _Round:
         if calibration is not None:
             files.append(_put(self.publisher, "calibration.json", "calibration", msgspec.json.encode(calibration)))
         found = evidence.bundle(
-            release=old.number + 1, task=old.task, seed=self.options.seed, command=f"milpa-coordinator round (round {result.round})",
+            release=old.number + 1, task=old.task, seed=self.options.seed, command=self._repeat_line(digest, heldout),
             sets={name: {evidence.STUDENT: after[name], f"release-{old.number}": before[name]} for name in heldout},
-            records=heldout, calibration=calibration, created=now, machine=evidence.machine(), code=evidence.code(),
+            records=heldout, calibration=calibration, created=now, machine=evidence.machine(),
+            commit=evidence.commit(), code=evidence.code(),
             lineage=[{"name": f"release {old.number}", "digest": self.base.digest},
                      {"name": f"round {result.round}, eta {result.eta:g}, rank {result.rank}", "digest": digest}],
-            not_tested=[told] if told else [],
+            not_tested=[*([told] if told else []), ONLY_BEFORE],
         )  # fmt: skip
         files.append(_put(self.publisher, "evidence.json", "evidence", msgspec.json.encode(found)))
         gain = result.sets["sites"]
@@ -382,6 +390,16 @@ class _Round:
         return msgspec.structs.replace(
             result, decision="released", release=manifest.number, manifest=manifest, evidence=found,
             reasons=result.reasons + ((told,) if told else ()),
+        )  # fmt: skip
+
+    def _repeat_line(self, adapter: str, heldout: Mapping[str, Sequence[Record]]) -> str:
+        """The command that judges the merged adapter against the release before it again; "" where a set came from no file."""
+        if any(name not in self.files for name in heldout):
+            return ""
+        before = (self.base.model, self.base.adapter)
+        return evidence.repeat_line(
+            self.base.model, {"--task": self.base.task.name, "--adapter": self.publisher.blobs.path(adapter)}, "--records",
+            {name: self.files[name] for name in heldout}, {f"release-{self.base.release.number}": before}, seed=self.options.seed,
         )  # fmt: skip
 
 

@@ -12,10 +12,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from coordinator.commands.evaluate import evaluate, named, repeat_line
+from coordinator.commands.evaluate import evaluate, lineage_of, named
 from coordinator.forge.judging import schema
+from coordinator.forge.judging.evidence import repeat_line
+from protocol.digests import digest_file
 from protocol.errors import BadInput, MalformedMessage, UnknownName
-from tests.evaluation.conftest import SPANISH, ranch_records
+from protocol.tasks import Record
+from tests.evaluation.conftest import ranch_records
 from tests.evaluation.test_evaluation import CONTRACT
 from tests.tiny import tiny_gguf
 
@@ -178,24 +181,66 @@ def test_other_models_and_held_out_sets_are_judged_beside_the_model(tiny: Path, 
     assert "numbers" in {row.category for row in proof.sets["news"].categories}
     assert found["economics"]["power"]["watts_per_core"] == 3.0
     assert found["cpu_seconds_per_1000"] > 0
-    assert proof.command.startswith(f"milpa-coordinator evaluate --model {tiny} --source English --target Spanish --pairs own={own}")
+    assert proof.command.startswith(f"milpa-coordinator evaluate --model {tiny} --source English --target Spanish")
+    assert f"--pairs own={own} --pairs news={news}" in proof.command
     assert f"--against teacher={other}" in proof.command
     assert "Category by category" in page.read_text(encoding="utf-8")
 
 
+def translations(folder: Path, name: str, *sources: str) -> Path:
+    """A file of translation records, as `synthesise --targets` writes them."""
+    rows = [
+        Record(id=f"{name}-{n}", task="translate-english-spanish", source=one, lang="es", target="Sí.") for n, one in enumerate(sources)
+    ]
+    path = folder / f"{name}.jsonl"
+    path.write_bytes(b"\n".join(msgspec.json.encode(row) for row in rows))
+    return path
+
+
 @pytest.mark.llama
-def test_the_command_in_the_evidence_repeats_it(tiny: Path, pairs_file: PairsFile) -> None:
-    out, _ = run("--model", tiny, "--pairs", f"own={pairs_file(PAIRS)}", "--categories", "--seed", 5, "--json")
-    command = repeat_line(
-        tiny, None, {"own": pairs_file(PAIRS)}, {}, SPANISH, "English", "Spanish", None, 0, None, None, None, None, 5
-    )  # fmt: skip
-
-    again, error = run(*shlex.split(command)[2:])
-
-    first, second = json.loads(out), json.loads(again)
+@pytest.mark.parametrize("form", ["pairs", "records of a verdict task", "records of a translation"])
+def test_the_command_in_the_evidence_repeats_it(form: str, tiny: Path, pairs_file: PairsFile, tmp_path: Path) -> None:
+    ranch = tmp_path / "ranch.jsonl"
+    ranch.write_bytes(b"\n".join(msgspec.json.encode(record) for record in ranch_records(4)))
+    words: dict[str, list[object]] = {
+        "pairs": [
+            "--pairs", f"own={pairs_file(PAIRS)}", "--few-shot", 1, "--examples", pairs_file("Good sun.\tBuen sol.\n", "shown.tsv"),
+        ],
+        "records of a verdict task": ["--task", "ranch", "--records", ranch, "--limit", 3, "--watts", 3],
+        "records of a translation": [
+            "--task", "translate-english-spanish", "--records", translations(tmp_path, "own", "No water in 3 tanks.", "Good sun."),
+            "--few-shot", 1, "--examples", translations(tmp_path, "shown", "The pump is dry."),
+        ],
+    }  # fmt: skip
+    proof = tmp_path / "evidence.json"
+    _, error = run("--model", tiny, *words[form], "--seed", 5, "--evidence", proof)
     assert error is None
-    assert first["sets"]["own"]["categories"] == second["sets"]["own"]["categories"]
-    assert [first[key] for key in ("chrf", "chrf_ci", "bleu")] == [second[key] for key in ("chrf", "chrf_ci", "bleu")]
+    told = json.loads(proof.read_bytes())
+
+    again, error = run(*shlex.split(told["command"])[2:])
+
+    assert error is None
+    measured = json.loads(again)["sets"]
+    assert list(measured) == list(told["sets"])
+    for name, found in told["sets"].items():
+        assert measured[name]["categories"] == found["categories"]
+        assert measured[name]["records"] == found["records"]
+        keys = ("chrf", "chrf_ci", "bleu", "model_digest")
+        assert [measured[name]["models"]["student"][key] for key in keys] == [found["models"]["student"][key] for key in keys]
+
+
+def test_a_command_that_repeats_names_odd_files_so_that_they_are_read_again(tmp_path: Path) -> None:
+    odd = tmp_path / "a=b c.tsv"
+    odd.write_text(PAIRS)
+
+    line = repeat_line(
+        Path("m.gguf"), {"--limit": None, "--peer": "apertium"}, "--pairs", {"a=b c": odd}, {"old": (Path("o.gguf"), odd)}, seed=1
+    )
+
+    words = shlex.split(line)
+    assert "--limit" not in words
+    assert named([words[words.index("--pairs") + 1]], "--pairs") == {"a=b c": str(odd)}
+    assert words[words.index("--against") + 1] == f"old=o.gguf+{odd}"
 
 
 @pytest.mark.parametrize(
@@ -220,6 +265,49 @@ def test_comparisons_that_do_not_fit_are_told_before_the_long_work(arguments: tu
 
     assert isinstance(error, BadInput)
     assert told in str(error)
+
+
+TRIMMED = {"before": 32_000, "after": 25_000, "texts": 500, "identical": 0.9996, "same": 0.9871, "longer": 0.01, "unseen": True}
+
+
+def distilled(tiny: Path, folder: Path) -> tuple[Path, dict[str, object]]:
+    """A student in a folder as `distill` leaves it, and its lineage."""
+    student, teacher = folder / "student.gguf", tiny_gguf(folder / "teacher.gguf", seed=4)
+    student.write_bytes(tiny.read_bytes())
+    files = {file.name: {"digest": digest_file(file), "bytes": file.stat().st_size} for file in (teacher, student)}
+    lineage = {"base_digest": "ab" * 32, "trim": TRIMMED, "export": {"student": "Q8_0", "teacher": "Q8_0", "files": files}}
+    (folder / "lineage.json").write_text(json.dumps(lineage))
+    return student, lineage
+
+
+@pytest.mark.llama
+def test_the_evidence_of_a_distilled_student_says_how_it_was_made_and_what_the_trim_covers(
+    tiny: Path, pairs_file: PairsFile, tmp_path: Path
+) -> None:
+    student, _ = distilled(tiny, tmp_path)
+
+    out, error = run("--model", student, "--pairs", pairs_file(PAIRS), "--evidence", tmp_path / "e.json", "--report", tmp_path / "e.html")
+
+    assert error is None, out
+    lineage = json.loads((tmp_path / "e.json").read_bytes())["lineage"]
+    assert [step["name"] for step in lineage] == ["base model", "vocabulary trimmed", "teacher.gguf", "student.gguf"]
+    assert "of 500 unseen texts 99.9% are read as before, of their tokens 98.7%" in lineage[1]["note"]
+    assert lineage[1]["note"] in (tmp_path / "e.html").read_text(encoding="utf-8")
+
+
+def test_a_lineage_that_does_not_lead_to_the_model_is_passed_over_and_a_damaged_one_refused(tiny: Path, tmp_path: Path) -> None:
+    student, lineage = distilled(tiny, tmp_path)
+    own = lineage_of(student, None)
+
+    assert own[-1]["digest"] == digest_file(student)
+    assert lineage_of(tmp_path / "teacher.gguf", None) == []
+    assert lineage_of(tiny, None) == []
+    assert lineage_of(student, tmp_path / "teacher.gguf")[-1] == {
+        "name": "teacher.gguf", "digest": digest_file(tmp_path / "teacher.gguf"), "note": "adapter",
+    }  # fmt: skip
+    (tmp_path / "lineage.json").write_text(json.dumps(lineage)[:-1])
+    with pytest.raises(BadInput, match=r"lineage.json is not what .* wrote .*; move it away"):
+        lineage_of(student, None)
 
 
 def test_a_file_with_an_equals_sign_in_its_name_is_a_file(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The whole round on a tiny model: real training, real Flower, real llama.cpp, signed release, ledger."""
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +12,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from coordinator.federation.collect import keep
 from coordinator.federation.superlink import Keys
@@ -156,6 +160,55 @@ def test_a_round_that_died_after_collecting_goes_on_without_a_superlink(farm: Fa
     result = run_round(store, ledger=ledger, superlink="127.0.0.1:1", keys=NOWHERE, heldout=HELD_OUT, options=options(deadline_s=1.0))
 
     assert (result["round"], result["release"]) == (number, 2)
+    ledger.close()
+
+
+def called(command: Callable[..., None], *words: object) -> dict[str, Any]:
+    """What one of our commands prints with --json."""
+    app = typer.Typer()
+    app.command()(command)
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, (result.output, result.exception)
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_the_command_in_a_merged_releases_evidence_measures_it_again(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coordinator.commands.evaluate import evaluate
+    from coordinator.commands.round import round
+    from coordinator.forge.judging import evidence
+
+    monkeypatch.setattr(evidence, "commit", lambda: "c0ffee")
+    store, ledger, _ = farm.store(tmp_path)
+    farm.arrived(store, ledger, *SITES)
+    keys = store / "superlink"
+    keys.mkdir()
+    for name in ("control.token", "superexec.secret"):
+        (keys / name).write_text("x" * 40)
+        (keys / name).chmod(0o600)
+    sets = []
+    for name, rows in HELD_OUT.items():
+        file = tmp_path / f"{name} test.jsonl"
+        file.write_bytes(b"\n".join(msgspec.json.encode(row) for row in rows))
+        sets += ["--heldout", f"{name}={file}"]
+    done = called(round, "--store", store, *sets, "--superlink", "127.0.0.1:1", "--deadline", 1, "--norm-share", 50, "--json")
+    latest = ledger.latest_release()
+    assert done["release"] == 2
+    assert latest is not None
+    assert latest.evidence is not None
+    proof = latest.evidence
+
+    assert proof["command"].startswith("milpa-coordinator evaluate --model ")
+    again = called(evaluate, *shlex.split(proof["command"])[2:])["sets"]
+
+    assert proof["commit"] == "c0ffee"
+    assert any(sentence.startswith("Teacher, float student and peers:") for sentence in proof["not_tested"])
+    for name in HELD_OUT:
+        assert set(again[name]["models"]) == {"student", "release-1"}
+        for model, figures in proof["sets"][name]["models"].items():
+            same = ("accuracy", "chrf", "chrf_ci", "n", "model_digest", "adapter_digest")
+            assert [again[name]["models"][model][key] for key in same] == [figures[key] for key in same]
+        assert again[name]["paired"] == proof["sets"][name]["paired"]
     ledger.close()
 
 

@@ -8,8 +8,10 @@ The sentences come from `claims`, the gate, and from nowhere else. All paired co
 so are all tests by category. No I/O but `machine`, `commit` and `code`, which look at this computer.
 """
 
+import math
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -362,8 +364,12 @@ def lineage_steps(lineage: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> l
 def _stage_note(stage: str, report: Mapping[str, Any]) -> str:
     """One line on what a stage did, from its own figures."""
     match stage, report:
-        case "trim", {"before": before, "after": after}:
-            return f"{before:,} to {after:,} pieces"
+        case "trim", {"before": before, "after": after, "texts": texts, "identical": identical, "same": same}:
+            seen = "unseen" if report.get("unseen") else "counted"
+            return (
+                f"{before:,} to {after:,} pieces; of {texts:,} {seen} texts {_percent(identical)} are read as before, "
+                f"of their tokens {_percent(same)}"
+            )
         case "cut", {"kept": kept, "of": blocks}:
             return f"{len(kept)} of {blocks} blocks"
         case "capture", {"records": count}:
@@ -371,6 +377,42 @@ def _stage_note(stage: str, report: Mapping[str, Any]) -> str:
         case _, {"training": {"examples": count, "first_loss": first, "last_loss": last}}:
             return f"{count:,} examples, loss {first:.2f} to {last:.2f}"
     return ""
+
+
+def _percent(share: float) -> str:
+    """With one decimal, rounded down: what is not all is not shown as 100."""
+    return f"{math.floor(1000 * share) / 10:.1f}%"
+
+
+def repeat_line(
+    model: Path,
+    flags: Mapping[str, object],
+    option: str,
+    files: Mapping[str, Path],
+    others: Mapping[str, tuple[Path, Path | None]],
+    *,
+    seed: int,
+) -> str:
+    """The command that measures an evidence's figures again; they come out the same, but for times.
+
+    Args:
+        flags: option of `evaluate` -> its value; those of None are left out.
+        option: how the held-out sets were given, `--pairs` or `--records`; `files`: their files by name.
+        others: the models beside the student -> GGUF and adapter.
+    """
+    words: list[object] = ["milpa-coordinator", "evaluate", "--model", model]
+    for flag, value in flags.items():
+        words += [flag, value] if value is not None else []
+    for name, file in files.items():
+        words += [option, _under(name, str(file))]
+    for name, (file, lora) in others.items():
+        words += ["--against", _under(name, f"{file}+{lora}" if lora else str(file))]
+    return shlex.join(str(word) for word in [*words, "--seed", seed, "--categories", "--json"])
+
+
+def _under(name: str, value: str) -> str:
+    """NAME=VALUE; a name with a "=" can only be the file's own, which it has without being told."""
+    return value if "=" in name else f"{name}={value}"
 
 
 def machine() -> dict[str, Any]:
