@@ -66,7 +66,7 @@ class Confidence(msgspec.Struct, frozen=True):
     joules_a_day: float = 0.0  # for questions; 0: no limit
     joules_a_question: float = 2.0  # a radio of 1 W for two seconds; measure yours
     audit: float = 0.02  # share of the sure answers that are asked regardless, so that sureness is checked at all; part of the budget
-    refit: bool = True  # move the shipped curve by the site's confirmed answers, where that is better
+    refit: bool = True  # move the shipped curve by the site's confirmed answers, where that is better; of verdict tasks only
     agree: bool = False  # take samples of close answers when there is energy; they come before the answer is given, and take as long each
 
 
