@@ -27,6 +27,7 @@ from protocol.messages import ReleaseNotice, Reply, Status
 from protocol.mqtt import Session
 from protocol.ports import free_port
 from protocol.tasks import Record
+from tests.faults import CELLULAR, FaultProxy
 from tests.messaging.conftest import PASSWORDS
 from tests.node.fake_engine import FakeEngine
 
@@ -97,8 +98,8 @@ class Member:
 def fleet(tmp_path, broker):
     with ExitStack() as stack:
 
-        def member(name, **options):
-            made = Member(tmp_path / name, name, broker, **options)
+        def member(name, *, through=broker, **options):
+            made = Member(tmp_path / name, name, through, **options)
             stack.callback(made.stop)
             return made
 
@@ -185,6 +186,23 @@ def test_an_unsure_answer_is_given_at_once_and_upgraded_or_confirmed_by_the_peer
     ]
     eventually(lambda: {row["name"]: row["state"] for row in rows(ledger, nodes)} == {"base": "answering", "esteli": "answering"})
     assert "tank 12 cm" not in str(rows(ledger, events))  # no record's text reaches the coordinator
+
+
+def test_over_a_cellular_fringe_a_question_its_answer_and_the_acknowledgement_arrive(broker, fleet, ledger, eventually):
+    fleet("base", engine=sure(), serve=True).start()
+    with FaultProxy((broker.host, broker.port), lambda _: CELLULAR) as air:
+        esteli = fleet("esteli", through=air, engine=unsure(), budget=1.0, ask=("base",)).start()
+        eventually(lambda: esteli.messaging._presence.likely("base"))
+
+        tank = esteli.asks("tank 12 cm")
+        eventually(lambda: esteli.answers()["tank 12 cm"][0] != "provisional" and esteli.messaging.waiting() == 0, esteli.answers)
+        told = esteli.answers()
+        esteli.stop()
+
+    assert air.connections == 1  # it came that way
+    assert tank.provisional and tank.answer.verdict == "normal"
+    assert told == {"tank 12 cm": ("upgraded", "leak", "peer:base")}
+    assert [(row["kind"], row["detail"]["state"]) for row in rows(ledger, events)] == [("escalation", "upgraded")]
 
 
 def test_questions_asked_while_the_broker_is_away_wait_and_arrive(broker, fleet, eventually):

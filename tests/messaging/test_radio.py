@@ -23,6 +23,7 @@ from protocol.messages import Event, Question, ReleaseNotice, Reply, Status
 from protocol.mqtt import Incoming, Session
 from protocol.ports import free_port
 from protocol.tasks import RANCH, Record
+from tests.faults import LORA_DR5, FaultProxy
 from tests.messaging.conftest import PASSWORDS
 from tests.node.fake_engine import FakeEngine
 
@@ -209,7 +210,10 @@ class Member:
 def test_an_unsure_node_on_a_radio_is_upgraded_by_its_base_and_says_nothing_but_frames(tmp_path, mosquitto, eventually):
     said: dict[str, list[bytes]] = {}
     gateways = {"base": ["esteli"]}
-    with Broker(tmp_path / "broker", port=free_port(), users=PASSWORDS, program="mosquitto", gateways=gateways) as broker:
+    with (
+        Broker(tmp_path / "broker", port=free_port(), users=PASSWORDS, program="mosquitto", gateways=gateways) as broker,
+        FaultProxy((broker.host, broker.port), lambda _: LORA_DR5) as air,
+    ):
         watcher = Session("coordinator", broker.host, broker.port, username="coordinator", password=PASSWORDS["coordinator"])
         watcher.subscribe("milpa/#", lambda message: said.setdefault(message.topic, []).append(message.payload))
         watcher.start()
@@ -219,7 +223,7 @@ def test_an_unsure_node_on_a_radio_is_upgraded_by_its_base_and_says_nothing_but_
             peers=conf.Peers(serve=True), link=conf.Link(radio=("esteli",)),
         )  # fmt: skip
         site = Member(
-            tmp_path / "esteli", "esteli", broker, FakeEngine(default=" leak: a pipe", probability=0.3),
+            tmp_path / "esteli", "esteli", air, FakeEngine(default=" leak: a pipe", probability=0.3),
             peers=conf.Peers(ask=("base",), deadline_s=60), link=conf.Link(class_="lora"),
         )  # fmt: skip
         try:
