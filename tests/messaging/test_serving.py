@@ -496,6 +496,7 @@ def test_what_is_handed_on_is_paid_from_the_bytes_of_the_day_that_the_site_has_t
     assert peer.judge.status()["day"]["bytes"] == handed * each
     peer.budget = Budget(share=1.0, bytes_a_day=handed * each, audit=0.0)
     peer.make_server()  # the next process
+    assert peer.judge.status()["day"]["bytes"] == handed * each
     assert peer.serves(5) == 0
     assert not peer.answering.answer(Record(id="r", task="ranch", source="window"), deadline_s=10).judgement.ask
 
