@@ -106,7 +106,7 @@ class Plan:
     kind: str = DEFAULT_KIND  # of the student's file
     teacher_kind: str = "Q8_0"
     frequent: int = FREQUENT
-    pieces: int = PIECES  # of the vocabulary, where general words fill it up
+    pieces: int = PIECES  # of the vocabulary at most, where general words fill it up
     general: tuple[str, ...] | None = None  # languages whose general words the vocabulary keeps; None: a translation's two, else none
     accumulate: int = 1  # batches a step, over all processes; a multiple of their number
     threads: int = 2  # more than the idle cores of the machine makes it slower, not faster
