@@ -469,7 +469,7 @@ def test_without_the_extension_exact_answers_go_on(remembering: Any, monkeypatch
     node = remembering("near")
     season(node, 3)
 
-    with pytest.raises(NoVectors, match="install-node.sh again"):
+    with pytest.raises(NoVectors, match=r"install-node\.sh again"):
         node.memory.making.step()
     assert node.answer(f"{WORDS['leak']} 1").recalled.match == "exact"
 
