@@ -20,7 +20,7 @@ def distill(
     target: str = typer.Option("Spanish", help="With --pairs: language of the second column."),
     teacher: Path | None = typer.Option(None, help="A Gemma 3 GGUF to start from; by default the packaged 270M model."),
     cache: Path | None = typer.Option(
-        None, help="What --teacher thinks, captured before by `milpa-coordinator capture`: the teacher is then taken as it is."
+        None, help="What a teacher of --teacher's pieces thinks, captured before (`capture`). --teacher is then taken as it is."
     ),
     work: Path | None = typer.Option(
         None, help="Where stages are kept, found again, resumed and shared by several students; by default OUT/work."

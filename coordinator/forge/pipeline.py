@@ -169,8 +169,8 @@ def forge(
         base: the general model, a Gemma 3 GGUF; by default the packaged one.
         work: stages are kept here and found again.
         out: gets teacher.gguf, student.gguf, student-f16.gguf, untrained.gguf, initial-adapter.gguf and lineage.json, the last one last.
-        cache: what `base` thinks of its targets, captured before by any number of processes. `base` is then the teacher as it is: its
-            vocabulary and its weights stay, and nothing more is captured.
+        cache: what `base`, or a teacher of the same pieces, thinks of the targets, captured before by any number of processes. `base` then
+            stays as it is, vocabulary and weights, and nothing more is captured.
         texts: general text in the task's languages, for the vocabulary.
         targets: who wrote the records' targets, where a teacher did (`synthesis.made`), for the lineage.
         world: the processes that share the training stages; the first one does the others. Alone by default.
@@ -178,7 +178,7 @@ def forge(
     Raises:
         NotEnough: fewer than 8 records with a target, or a cache without any.
         BadInput: no base model, one we cannot train or that is smaller than the student, or a plan that cannot be followed.
-        WrongDigest: the cache is of another teacher.
+        WrongDigest: the cache is of another vocabulary, or holds hidden states of another teacher.
     """
     together = world or OneProcess()
     told = progress if progress and together.rank == 0 else (lambda stage, share, words: None)
@@ -317,17 +317,20 @@ class _Targets(NamedTuple):
 
 
 def _given(cache: Path, teacher: Path, told: Progress) -> tuple[_Targets, dict[str, Any]]:
-    header, digest = TargetCache.open(cache).header, Checkpoint.read(teacher).digest
-    if header.teacher != digest:
+    """What another run captured. Its teacher may be a larger one than the student is cut from, where both have the same pieces."""
+    header, checkpoint = TargetCache.open(cache).header, Checkpoint.read(teacher)
+    if header.tokenizer != header_of(checkpoint).tokenizer:
         raise WrongDigest(
-            f"{cache} is of the teacher {header.teacher[:12]}, and {teacher} is {digest[:12]}: name the file it was captured from"
+            f"{cache} has the ids of another vocabulary than {teacher}: name the file it was captured from, or one of its pieces"
         )
+    if header.mode == "hidden8" and header.teacher != checkpoint.digest:
+        raise WrongDigest(f"{cache} holds hidden states of {header.teacher[:12]}, not of {teacher}: name the file it was captured from")
     found = captured_in(cache)
     if not any(one.target for one in found):
         raise NotEnough(f"{cache} holds no record with a target; fill it with `milpa-coordinator capture` first")
     told("capture", 1.0, f"{len(found)} records were captured before")
     targets = _Targets(cache, digest_value([header, found]))
-    return targets, {"given": True, "digest": targets.digest, "records": len(found), "mode": header.mode}
+    return targets, {"given": True, "digest": targets.digest, "teacher": header.teacher, "records": len(found), "mode": header.mode}
 
 
 def _capture(

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from coordinator.commands.capture import capture
 from coordinator.commands.distill import distill
+from coordinator.forge.students.trim import cut_vocabulary
 from protocol.errors import MilpaError
 from protocol.models.checkpoint import Checkpoint
 from protocol.tasks import Record
@@ -55,7 +56,7 @@ def run(command: Callable[..., None], *arguments: object) -> dict[str, Any]:
 def test_a_cache_filled_by_several_processes_teaches_a_student_of_the_teacher_as_it_is(
     teacher: Path, task: list[str], tmp_path: Path, mode: str
 ) -> None:
-    for shard in ("0/2", "1/2"):
+    for shard in ("0/2", "1/2", "0/1"):  # the last finds all of it there
         run(capture, "--teacher", teacher, *task, "--mode", mode, "--shard", shard, "--out", tmp_path / "cache")
 
     made = run(distill, "--teacher", teacher, "--cache", tmp_path / "cache", *task, *SHAPE, "--budget", 10, "--out", tmp_path / "out")
@@ -68,18 +69,35 @@ def test_a_cache_filled_by_several_processes_teaches_a_student_of_the_teacher_as
     assert len(Checkpoint.read(Path(made["student"])).vocabulary.tokens) == len(Checkpoint.read(teacher).vocabulary.tokens)
 
 
-def test_a_cache_of_another_teacher_or_without_records_is_refused(teacher: Path, task: list[str], tmp_path: Path) -> None:
-    other = tmp_path / "other.gguf"
-    tiny_checkpoint(layers=2, hidden=512, heads=2, feed_forward=1024).write(other)
-    run(capture, "--teacher", teacher, *task, "--out", tmp_path / "cache")
-    given = ["--cache", tmp_path / "cache", *task, *SHAPE, "--budget", 10, "--out", tmp_path / "out"]
+def test_a_larger_teacher_of_the_same_pieces_may_have_filled_the_cache(teacher: Path, task: list[str], tmp_path: Path) -> None:
+    larger = tmp_path / "larger.gguf"
+    tiny_checkpoint(layers=4, hidden=512, heads=2, feed_forward=1024).write(larger)
+    run(capture, "--teacher", larger, *task, "--out", tmp_path / "cache")
 
+    made = run(distill, "--teacher", teacher, "--cache", tmp_path / "cache", *task, *SHAPE, "--budget", 10, "--out", tmp_path / "out")
+
+    assert made["lineage"]["capture"]["teacher"] == Checkpoint.read(larger).digest
+    assert made["lineage"]["distil"]["spoken_for"] == 1.0
+
+
+def test_a_cache_of_other_pieces_of_another_teachers_states_or_without_records_is_refused(
+    teacher: Path, task: list[str], tmp_path: Path
+) -> None:
+    other, pieces = tmp_path / "other.gguf", tmp_path / "pieces.gguf"
+    tiny_checkpoint(layers=2, hidden=512, heads=2, feed_forward=1024).write(other)
+    cut_vocabulary(tiny_checkpoint(layers=2, hidden=512, heads=2, feed_forward=1024), range(400)).write(pieces)
+    run(capture, "--teacher", teacher, *task, "--out", tmp_path / "cache")
+    run(capture, "--teacher", teacher, *task, "--mode", "hidden8", "--out", tmp_path / "states")
+    given = [*task, *SHAPE, "--budget", 10, "--out", tmp_path / "out"]
+
+    with pytest.raises(MilpaError, match="another vocabulary"):
+        run(distill, "--teacher", pieces, "--cache", tmp_path / "cache", *given)
     with pytest.raises(MilpaError, match="name the file it was captured from"):
-        run(distill, "--teacher", other, *given)
+        run(distill, "--teacher", other, "--cache", tmp_path / "states", *given)
     for log in (tmp_path / "cache").glob("captured-*.jsonl"):
         log.unlink()
     with pytest.raises(MilpaError, match="milpa-coordinator capture"):
-        run(distill, "--teacher", teacher, *given)
+        run(distill, "--teacher", teacher, "--cache", tmp_path / "cache", *given)
 
 
 def test_the_choices_of_a_lesson_are_in_the_lineage(teacher: Path, task: list[str], tmp_path: Path) -> None:

@@ -246,8 +246,8 @@ def _own(tokenizer: Tokenizer, task: Task, record: Record, *, kind: str = "own")
 
 
 def captured_in(folder: Path) -> list[Captured]:
-    """What all workers captured into the cache in `folder`, worker by worker."""
-    return [one for log in sorted(folder.glob("captured-*-of-*.jsonl")) for one in read_log(log)]
+    """What all workers captured into the cache in `folder`, each record once however the work was shared out from run to run."""
+    return list({one.id: one for log in sorted(folder.glob("captured-*-of-*.jsonl")) for one in read_log(log)}.values())
 
 
 def read_log(log: Path) -> list[Captured]:
