@@ -115,10 +115,18 @@ def _node(work: Path, environment: Mapping[str, str]) -> Iterator[tuple[subproce
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end, (work / "node.log").open("ab") as log:
         end.bind(str(notify))
         end.settimeout(READY_S)
-        ours = {"NOTIFY_SOCKET": str(notify), "MILPA_NODE_API_PORT": "0", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+        ours = {
+            "NOTIFY_SOCKET": str(notify),
+            "MILPA_NODE_CONFIG": "",
+            "MILPA_NODE_API_PORT": "0",
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "2",
+        }
         began = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, "-m", "node.cli", "run", "--state-dir", str(state)], env={**os.environ, **ours, **environment}, stderr=log
+            [sys.executable, "-m", "node.cli", "run", "--state-dir", str(state)],
+            env={**os.environ, **ours, **environment},
+            stderr=log,
         )
         try:
             while b"READY=1" not in end.recv(4096):
