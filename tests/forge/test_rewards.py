@@ -144,6 +144,15 @@ def test_what_is_wrong_is_pointed_at(task, record: Record, text: str, wrong: lis
     assert [text[span.begin : span.end] for span in blamed(task, record, text)] == wrong
 
 
+def test_a_language_without_word_lists_is_blamed_for_no_numbers_or_untranslated_words() -> None:
+    german = translation("English", "German")
+    text = " Die 3 Pumpen: Hamburg Hafen Nord."
+    record = Record(id="1", task=german.name, source="A few pumps: Hamburg Hafen Nord.", target="Einige Pumpen.")
+
+    assert blamed(german, record, text) == []
+    assert blamed(SPANISH, record, text)
+
+
 def test_a_token_is_blamed_where_it_touches_a_span() -> None:
     pieces = [b" nor", b"mal", b":", " á".encode()[:2], " á".encode()[2:], b" 13", b""]
     text = b"".join(pieces).decode()

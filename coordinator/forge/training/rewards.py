@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from coordinator.forge.judging.categories import BOTH_WAYS, DIGITS, WORD, names, numbers
 from coordinator.forge.judging.metrics import sentence_chrf
+from coordinator.forge.pairs import translated
 from coordinator.forge.synthesis.gates import LONGEST_RUN, REPEATS, Identify, languages_of, longest_repeat
 from protocol.errors import BadInput
 from protocol.names import known
@@ -150,8 +151,13 @@ def blamed(task: Task, record: Record, text: str) -> list[Span]:
     * repeated      every further copy of a run of words that stands more than REPEATS times in a row, and more often than in the source.
     * untranslated  UNTRANSLATED words or more in a row of the source, that are neither names nor in the reference.
     * number        digits that are neither in the source nor in the reference.
+
+    The last two know English and Spanish: a translation from or into another language is not blamed by them.
     """
-    return [*_verdict(task, record, text), *_repeated(record, text), *_untranslated(task, record, text), *_wrong_numbers(record, text)]
+    found = [*_verdict(task, record, text), *_repeated(record, text)]
+    if task.kind == "text" and len(translated(task)) < 2:
+        return found
+    return [*found, *_untranslated(task, record, text), *_wrong_numbers(record, text)]
 
 
 def _verdict(task: Task, record: Record, text: str) -> Iterator[Span]:
