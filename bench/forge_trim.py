@@ -15,6 +15,7 @@ import msgspec
 from bench.settings import TRANSLATION, Settings
 from bench.speed import decode_speed, ratio, unfinished
 from coordinator.forge.pairs import read_pairs
+from coordinator.forge.students.trim import PIECES as DEFAULT
 from coordinator.forge.students.trim import coverage
 from protocol.models.engine import Engine
 
@@ -65,7 +66,8 @@ def curve(settings: Settings, unseen: dict[str, list[str]]) -> list[dict[str, An
         path = settings.trimmed_for_users(pieces)
         found = coverage(settings.base(), path, everything)
         row = {"pieces": found.after, "same": found.same, "segments": found.identical, "megabytes": path.stat().st_size / 1e6}
-        path.unlink()
+        if pieces != DEFAULT:  # the students are made of that one
+            path.unlink()
         return row
 
     return [settings.kept("trim", f"curve-{pieces}", partial(point, pieces)) for pieces in CURVE]
