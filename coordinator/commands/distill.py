@@ -33,7 +33,7 @@ def distill(
     blocks: int = typer.Option(8, min=1, help="Transformer blocks the student keeps, without --student."),
     scratch: bool = typer.Option(False, "--scratch", help="Random weights in the shape of --student instead of a cut (bench.crossover)."),
     pieces: int = typer.Option(
-        30_000, min=1000, help="Size of the vocabulary; more keeps rare words in fewer tokens and makes files larger."
+        30_000, min=5000, help="Of a translation: size of its vocabulary at most; more spells rare words in fewer tokens, in larger files."
     ),
     mode: Literal["topk", "sampled", "hidden8"] = typer.Option("topk", help="What is captured of the teacher: see `capture --help`."),
     loss: str = typer.Option("kl", help="How the student follows it: kl, reverse_kl, skew_kl, jsd, total_variation."),

@@ -91,7 +91,7 @@ def publish(
         _check_calibration(teacher_calibration, teacher)
     base = digest_file(model)
     number = before.number + 1 if before else 1
-    measured = _measured_memory(evidence)
+    measured = _measured_memory(evidence, base) if evidence else 0
     memory = min_memory_mb or measured
     release, paths = build_release(
         number,
@@ -180,14 +180,12 @@ def _known_answers(model: Path, adapter: Path | None, records: Path, task: "Task
     return tuple(chosen)
 
 
-def _measured_memory(evidence: Path | None) -> int:
+def _measured_memory(evidence: Path, model: str) -> int:
     """The student's peak memory in MiB, rounded up: the most over an evidence's held-out sets, 0 where none was measured.
 
     Raises:
-        BadInput: the file is not evidence.
+        BadInput: the file is not evidence, or of another model than the one of that digest.
     """
-    if evidence is None:
-        return 0
     import msgspec
 
     from coordinator.forge.judging import schema
@@ -196,6 +194,9 @@ def _measured_memory(evidence: Path | None) -> int:
     try:
         proof = schema.check(msgspec.json.decode(evidence.read_bytes(), type=dict))
         figures = [each.models[STUDENT] for each in proof.sets.values() if STUDENT in each.models]
+        others = {str(one["model_digest"]) for one in figures if one.get("model_digest")} - {model}
+        if others:
+            raise BadInput(f"it is of the model {min(others)[:12]}, and --model is {model[:12]}")
         return math.ceil(max((msgspec.convert(one.get("peak_rss_mb", 0.0), float) for one in figures), default=0.0))
     except (msgspec.DecodeError, BadInput) as error:
         raise BadInput(f"{evidence}: give what `milpa-coordinator evaluate --evidence` wrote ({error})") from error

@@ -103,7 +103,7 @@ def test_a_cache_of_other_pieces_of_another_teachers_states_or_without_records_i
 def test_the_choices_of_a_lesson_are_in_the_lineage(teacher: Path, task: list[str], tmp_path: Path) -> None:
     out = ["--teacher", teacher, *task, *SHAPE, "--budget", 10, "--out", tmp_path / "out", "--work", tmp_path / "work"]
 
-    made = run(distill, *out, "--loss", "jsd", "--alpha", 0.5, "--own", 0, "--pieces", 1000)["lineage"]
+    made = run(distill, *out, "--loss", "jsd", "--alpha", 0.5, "--own", 0, "--pieces", 5000)["lineage"]
 
     assert (made["distil"]["loss"], made["distil"]["alpha"], made["distil"]["own"]) == ("jsd", 0.5, 0)
     assert made["capture"]["records"] == made["distil"]["captured"]

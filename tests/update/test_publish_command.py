@@ -25,17 +25,18 @@ def command(*words):
     return subprocess.run([sys.executable, "-c", SCRIPT, *map(str, words)], capture_output=True, text=True, timeout=60, env=environment)
 
 
-def evidence_file(path: Path, **peaks: float) -> Path:
+def evidence_file(path: Path, model: Path, **peaks: float) -> Path:
     """Evidence as `evaluate` writes it, of a student that took so many MiB on each held-out set, and of a teacher that took far more."""
     teacher = msgspec.structs.replace(simulated(60, accuracy=0.9, seed=1), peak_rss_mb=900.0)
-    student = simulated(60, accuracy=0.8, seed=2)
+    student = msgspec.structs.replace(simulated(60, accuracy=0.8, seed=2), model_digest=digest_file(model))
     sets = {name: {"teacher": teacher, "student": msgspec.structs.replace(student, peak_rss_mb=peak)} for name, peak in peaks.items()}
     path.write_bytes(msgspec.json.encode(evidence.bundle(release=0, task="ranch", sets=sets, seed=1, command="x")))
     return path
 
 
 def test_one_command_makes_a_store_and_publishes_into_it(tmp_path):
-    model, proof = make_file(tmp_path / "m.gguf", 10_000, 1), evidence_file(tmp_path / "evidence.json", own=120.4)
+    model = make_file(tmp_path / "m.gguf", 10_000, 1)
+    proof = evidence_file(tmp_path / "evidence.json", model, own=120.4)
 
     done = command("--store", tmp_path / "store", "--init", "--model", model, "--evidence", proof, "--note", "first", "--json")
 
@@ -46,12 +47,23 @@ def test_one_command_makes_a_store_and_publishes_into_it(tmp_path):
 
 
 def test_a_node_must_have_the_memory_that_the_student_took_at_most_on_any_held_out_set(tmp_path):
-    model, proof = make_file(tmp_path / "m.gguf", 10_000, 1), evidence_file(tmp_path / "evidence.json", own=120.4, news=128.2, more=90.0)
+    model = make_file(tmp_path / "m.gguf", 10_000, 1)
+    proof = evidence_file(tmp_path / "evidence.json", model, own=120.4, news=128.2, more=90.0)
 
     done = command("--store", tmp_path / "store", "--init", "--model", model, "--evidence", proof, "--json")
 
     assert Publisher(tmp_path / "store" / "repository").latest().min_memory_mb == 129
     assert "min-memory-mb" not in json.loads(done.stdout)["missing"]
+
+
+def test_evidence_of_another_model_is_refused(tmp_path):
+    proof = evidence_file(tmp_path / "evidence.json", make_file(tmp_path / "other.gguf", 10_000, 2), own=120.4)
+
+    done = command("--store", tmp_path / "store", "--init", "--model", make_file(tmp_path / "m.gguf", 10_000, 1), "--evidence", proof)
+
+    assert done.returncode == 2
+    assert "it is of the model" in done.stderr
+    assert Publisher(tmp_path / "store" / "repository").latest() is None
 
 
 def test_a_file_that_is_no_evidence_is_refused(tmp_path):
