@@ -173,7 +173,7 @@ def lineage(release: PublishedRelease, words: Words) -> tuple[Step, ...]:
     steps: list[Step] = []
     manifest = release.manifest
     if isinstance(told, list) and told:
-        for one in told[:12]:
+        for one in told[:20]:
             if isinstance(one, Mapping) and one.get("name"):
                 size = int((finite(one.get("file_mb")) or 0.0) * MIB)
                 steps.append(Step(_text(one.get("note")), _text(one["name"]), size, _text(one.get("digest"))))

@@ -477,6 +477,7 @@ def _export(
     made = (teacher_file, student_file, student_float, untrained, start)
     files = {path.name: {"digest": digest_file(path), "bytes": path.stat().st_size} for path in made}
     lineage["export"] = {"seconds": round(time.monotonic() - began, 1), "student": plan.kind, "teacher": plan.teacher_kind, "files": files}
+    lineage["export"]["untrained"] = "F16" if plan.student.ternary else plan.kind
     lineage["export"]["stored"] = msgspec.to_builtins(stored(student_file, plan.kind))
     write_atomically(staging / "lineage.json", msgspec.json.format(msgspec.json.encode(lineage)))
     out.mkdir(parents=True, exist_ok=True)

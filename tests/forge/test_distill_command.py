@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from coordinator.commands.capture import capture
 from coordinator.commands.distill import distill
+from coordinator.forge.judging.evidence import lineage_steps
 from coordinator.forge.students.trim import cut_vocabulary
 from protocol.errors import MilpaError
 from protocol.models.checkpoint import Checkpoint
@@ -115,6 +116,8 @@ def test_a_student_from_scratch_learns_its_embedding_and_one_that_is_cut_keeps_i
     scratch = run(distill, *out, "--scratch", "--out", tmp_path / "scratch")
     cut = run(distill, *out, "--out", tmp_path / "cut")
 
+    assert "random weights" in " ".join(step["note"] for step in lineage_steps(scratch["lineage"]))
+    assert {step["name"]: step["note"] for step in lineage_steps(cut["lineage"])}["untrained.gguf"] == "Q8_0"
     began = {one["lineage"]["cut"].get("scratch"): one for one in (scratch, cut)}
     assert set(began) == {True, None}
     for made, learned in ((scratch, True), (cut, False)):

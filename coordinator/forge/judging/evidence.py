@@ -372,6 +372,8 @@ def _stage_note(stage: str, report: Mapping[str, Any]) -> str:
             )
         case "cut", {"kept": kept, "of": blocks}:
             return f"{len(kept)} of {blocks} blocks"
+        case "cut", {"scratch": True}:
+            return "not cut: random weights in its shape"
         case "capture", {"records": count}:
             return f"on {count:,} records"
         case _, {"training": {"examples": count, "first_loss": first, "last_loss": last}}:
