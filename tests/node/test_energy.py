@@ -27,8 +27,8 @@ works = st.sampled_from(rules.WORKS)
 plants = st.builds(
     Plant, source=st.sampled_from(["mains", "battery", "solar"]), battery_wh=st.floats(5, 2000), panel_w=st.floats(1, 400),
     latitude=st.floats(-65, 65), longitude=st.floats(-180, 180), clearness=st.floats(0, 1), idle_w=st.floats(0.3, 8),
-    dark_days=st.floats(0, 10),
-)  # fmt: skip
+    busy_w=st.floats(8, 40), dark_days=st.floats(0, 10),
+)  # fmt: skip  # settings take no busy_w below idle_w
 
 
 class Clock:
