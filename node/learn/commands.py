@@ -23,6 +23,7 @@ def learn(
     threads: int | None = typer.Option(None, min=1, help="Processor threads."),
     max_memory_mb: int = typer.Option(0, min=0, help="MiB this training may need; 0: what the machine has free."),
     seed: int = typer.Option(0, help="Order of the examples."),
+    if_new: bool = typer.Option(False, "--if-new", help="Only where learn.new_examples more are confirmed than at the last training."),
     judge: bool = typer.Option(False, "--judge", help="Then decide whether this site answers with it; a running node takes it up."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object to stdout and nothing else there."),
 ) -> None:
@@ -50,7 +51,8 @@ def learn(
     if missing := needs.missing():
         raise BadInput(f"this node cannot train: {', '.join(missing)} is not installed; {needs.CURE}")
     stop = until_told()
-    result = session.train(
+    waits = session.nothing_new(settings) if if_new else ""
+    result = None if waits else session.train(
         settings, max_memory_mb=max_memory_mb, seed=seed, told=lambda text: stderr.print(text, highlight=False), interrupted=stop,
         progress=lambda step: stderr.print(f"{step.share:4.0%}  loss {step.loss:.3f}", highlight=False) if step.step % 20 == 0 else None,
     )  # fmt: skip
@@ -58,8 +60,11 @@ def learn(
     if as_json:
         print_json({"trained": result, "judged": verdict} if judge else result)
         return
-    told = "stored, waiting for a sync window" if result.stored else f"not stored: {result.reason}"
-    typer.echo(f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} nats a token in {result.seconds:.0f} s; {told}")
+    if result is None:
+        typer.echo(f"nothing to train: {waits}")
+    else:
+        told = "stored, waiting for a sync window" if result.stored else f"not stored: {result.reason}"
+        typer.echo(f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} nats a token in {result.seconds:.0f} s; {told}")
     if verdict is not None:
         typer.echo(f"{'this site answers with it' if verdict.good else 'the release answers without it'}: {verdict.reason}")
 

@@ -83,6 +83,25 @@ def train(
     return result
 
 
+def nothing_new(settings: "NodeSettings") -> str:
+    """Why another training would learn hardly anything that the last one on this release did not; "" where one is worth its energy.
+
+    Raises:
+        BadInput: no active release.
+    """
+    active, task = release_of(settings)
+    last = underway.last(settings.state_dir, active.number)
+    if last is None or underway.unfinished(settings.state_dir, active.number):
+        return ""
+    store = Store(settings.state_dir / "node.db")
+    try:
+        more = store.example_parts(task.name)[0] - last.examples
+    finally:
+        store.close()
+    wanted = settings.learn.new_examples
+    return f"{max(0, more)} examples more than at the last training, of the {wanted} that are worth another" if more < wanted else ""
+
+
 def judge(settings: "NodeSettings", *, interrupted: Callable[[], bool] = lambda: False) -> site.Judged | None:
     """Decide whether the stored adapter answers better here than the release without it; None when there is nothing to decide.
 

@@ -107,9 +107,7 @@ def test_the_timers_training_is_judged_and_only_a_quiet_site_counts_as_success()
     service = unit("milpa-learn.service")["Service"]
     lines = service["ExecStart"].splitlines()
 
-    assert [line.split()[:3] for line in lines] == [
-        ["/usr/local/bin/milpa-node", "learn", "--judge"], ["/usr/local/bin/milpa-node", "sync", "--config"],
-    ]  # fmt: skip
+    assert [line.split()[1:4] for line in lines] == [["learn", "--if-new", "--judge"], ["sync", "--config", "/etc/milpa/node.toml"]]
     assert {int(code) for code in service["SuccessExitStatus"].split()} == {Unavailable.exit_code, NotEnough.exit_code}
 
 

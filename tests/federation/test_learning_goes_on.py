@@ -140,6 +140,17 @@ def test_a_torn_plan_begins_anew_with_what_is_confirmed_now(node: NodeSettings) 
     assert underway.last(node.state_dir, 1).examples > 60  # type: ignore[union-attr]
 
 
+def test_the_timer_trains_again_only_where_enough_is_new(node: NodeSettings) -> None:
+    assert session.nothing_new(node) == ""
+    trained = session.train(node)
+    last = underway.last(node.state_dir, 1)
+
+    assert last is not None and last.examples + trained.rehearsed == trained.examples
+    assert session.nothing_new(node) == "0 examples more than at the last training, of the 16 that are worth another"
+    confirm(node, 60, 90)
+    assert session.nothing_new(node) == ""
+
+
 def test_a_plan_of_last_month_is_not_finished(node: NodeSettings) -> None:
     interrupt(node, 4)
 

@@ -84,6 +84,19 @@ def test_without_the_libraries_of_a_training_the_command_says_how_they_get_here(
         run("learn", "--state-dir", str(tmp_path))
 
 
+def test_without_anything_new_the_timer_trains_nothing_and_still_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(session, "nothing_new", lambda *_: "0 examples more")
+    monkeypatch.setattr(session, "train", lambda *_, **__: asked.append("trained"))
+    monkeypatch.setattr(session, "judge", lambda *_, **__: asked.append("judged"))
+    monkeypatch.setenv("MILPA_NODE_LEARN_SITE_ADAPTER", "true")
+
+    told = run("learn", "--if-new", "--judge", "--state-dir", str(tmp_path))
+
+    assert asked == ["judged"] and "nothing to train: 0 examples more" in told
+
+
 @pytest.mark.parametrize(("wanted", "judged"), [("true", ["judged"]), ("false", [])])
 def test_a_training_is_judged_where_the_site_answers_with_its_own_adapter(
     wanted: str, judged: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
