@@ -10,8 +10,9 @@ The interval is in the reasons, so nobody has to take the point for more than it
 refused a merge that loses nothing, because a general set of a few hundred records does that too often.
 """
 
-from collections.abc import Sequence
-from statistics import NormalDist
+import math
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist, fmean, variance
 
 import msgspec
 
@@ -65,6 +66,25 @@ def decide(
     for site in sites:
         (failed if site.high < 0 else passed).append(f"site {site.words()}" + ("; clearly worse" if site.high < 0 else ""))
     return GateDecision(release=not failed, reasons=tuple(failed + passed))
+
+
+def smallest_as_good(quality: Mapping[float, Sequence[Sequence[float]]]) -> tuple[float, dict[float, float]]:
+    """Which server scale to take: the smallest that is at most one standard error below the best; and each one's mean over the sets.
+
+    A larger step towards the sites is a larger one away from everything else, so a lead that chance gives is not followed (the
+    one-standard-error rule of Breiman et al. 1984, here on paired differences).
+
+    Args:
+        quality: scale -> dev sets -> one number a record, the same records in the same order for each scale.
+    """
+    means = {eta: fmean(fmean(values) for values in sets) for eta, sets in quality.items()}
+    best = max(means, key=lambda eta: (means[eta], -eta))
+    for eta in sorted(means):
+        apart = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(quality[best], quality[eta], strict=True)]
+        error = math.sqrt(sum(variance(values) / len(values) for values in apart if len(values) > 1)) / len(apart)
+        if means[best] - means[eta] <= error:
+            return eta, means
+    return best, means
 
 
 def _by_chance(general: Comparison, margin: float) -> str:

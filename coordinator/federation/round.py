@@ -324,16 +324,15 @@ class _Round:
         return path, header.rank, lost
 
     def _choose(self, files: Mapping[float, Path], dev: Mapping[str, Sequence[Record]]) -> tuple[float, dict[str, float], list[Evaluation]]:
-        """The eta with the best mean over the dev sets, the smaller of equals; and the winner's evaluations, for the calibration."""
+        """The eta (see `gate.smallest_as_good`), the mean of each over the dev sets, and the winner's evaluations, for the calibration."""
         if not dev:
             return self.options.etas[0], {}, []
-        scores: dict[float, float] = {}
-        kept: dict[float, list[Evaluation]] = {}
-        for eta in sorted(files):
-            kept[eta] = [self._evaluate(files[eta], records, f"merged, eta {eta:g}", f"dev {name}") for name, records in dev.items()]
-            scores[eta] = sum(_mean(one) for one in kept[eta]) / len(kept[eta])
-        best = max(scores, key=lambda eta: (scores[eta], -eta))
-        return best, {f"{eta:g}": score for eta, score in scores.items()}, kept[best]
+        kept = {
+            eta: [self._evaluate(files[eta], records, f"merged, eta {eta:g}", f"dev {name}") for name, records in dev.items()]
+            for eta in sorted(files)
+        }
+        eta, scores = gate.smallest_as_good({eta: [one.quality() for one in sets] for eta, sets in kept.items()})
+        return eta, {f"{eta:g}": score for eta, score in scores.items()}, kept[eta]
 
     def _evaluate(self, adapter: Path | None, records: Sequence[Record], what: str, where: str) -> Evaluation:
         """The base model with that adapter on those records; remembered by their digests."""
@@ -449,11 +448,6 @@ def known_answers(task: Task, records: Sequence[Record], found: Evaluation | Non
         if answer.features and answer.features[lowest] > CLEAR and answer.stopped != "length"
     ]
     return tuple(clear[:KNOWN_ANSWERS])
-
-
-def _mean(evaluation: Evaluation) -> float:
-    values = evaluation.quality()
-    return sum(values) / len(values)
 
 
 def _plain(comparison: gate.Comparison) -> dict[str, Any]:
