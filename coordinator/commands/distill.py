@@ -92,7 +92,7 @@ def distill(
     if scratch and student is None:
         raise BadInput("--scratch needs --student: a preset, or a shape such as 12x512x1024x2")
     if cache is not None and teacher is None:
-        raise BadInput("--cache needs --teacher: the file that it was captured from")
+        raise BadInput("--cache needs --teacher: the file that it was captured from, or one of the same pieces")
     known(loss, DIVERGENCES, what="loss")
     plan = Plan(
         budget=Budget.named(budget),

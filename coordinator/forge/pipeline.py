@@ -24,7 +24,7 @@ from coordinator.forge.students.importance import ENOUGH, importance
 from coordinator.forge.students.scratch import from_scratch
 from coordinator.forge.students.trim import FREQUENT, PIECES, coverage, trim
 from coordinator.forge.synthesis.language import identify
-from coordinator.forge.targets.cache import TargetCache
+from coordinator.forge.targets.cache import TargetCache, read_header
 from coordinator.forge.targets.capture import capture, captured_in, examples_of, header_of, log_of
 from coordinator.forge.targets.score import score
 from coordinator.forge.teachers.packaged import packaged_licence, packaged_teacher
@@ -185,7 +185,7 @@ def forge(
     use_threads(plan.threads)
     records = sorted(records, key=lambda record: digest_value(record.id))  # a file may be in an order that any first part would show
     learnable = [record for record in records if record.target]
-    check_loss(plan.loss, TargetCache.open(cache).header.mode if cache else plan.mode)
+    check_loss(plan.loss, read_header(cache).mode if cache else plan.mode)
     if plan.scratch and not plan.preset:
         raise BadInput("a student from scratch needs a shape: name a preset, or blocks x width x feed-forward x heads")
     if together.size > 1 and (plan.on_policy or plan.polish):

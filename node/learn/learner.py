@@ -209,7 +209,7 @@ class Learner(Part):
         from node.learn.process import Job
 
         learn = self.settings.learn
-        fresh = standing.unfinished or not standing.learned or standing.examples - standing.learned >= learn.new_examples
+        fresh = rules.worth_another(standing.examples, standing.learned, new=learn.new_examples, unfinished=standing.unfinished)
         over = _Over(self._stop, self._why_stop_training, self._power, "train", learn.max_seconds + RUN_SPARE_S, threads=learn.threads)
         self.doing, self.share, ended = "trains", 0.0, ""
         log.info("training begins: %s", self.reason)

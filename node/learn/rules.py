@@ -52,7 +52,7 @@ def training_due(standing: Standing, *, now: float, minimum: int, held_out: int,
             False, f"{standing.examples} examples and {standing.held_out} held out; a training needs {minimum} and {held_out}"
         )  # fmt: skip
     fresh = standing.examples - standing.learned
-    if not (standing.unfinished or standing.unjudged) and standing.learned and fresh < new:
+    if not standing.unjudged and not worth_another(standing.examples, standing.learned, new=new, unfinished=standing.unfinished):
         return Verdict(False, f"{fresh} new examples since the last training; {new} are worth another")
     if now < standing.not_before:
         return Verdict(False, f"the last training failed; the next try is in {(standing.not_before - now) / 3600:.1f} hours")
@@ -61,6 +61,11 @@ def training_due(standing: Standing, *, now: float, minimum: int, held_out: int,
     if not power.ok:
         return Verdict(False, f"waits for power: {power.reason}")
     return Verdict(True, "goes on" if standing.unfinished else "judges" if standing.unjudged else f"{fresh} new examples; {power.reason}")
+
+
+def worth_another(examples: int, learned: int, *, new: int, unfinished: bool) -> bool:
+    """Whether a training of so many examples is worth its energy after one of `learned` (0: none yet) on the same release."""
+    return unfinished or not learned or examples - learned >= new
 
 
 def window_due(*, now: float, last: float, every_s: float, hours: Sequence[float], window_s: float) -> bool:

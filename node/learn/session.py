@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from node.learn import examples as parts_of
-from node.learn import site, stored, underway
+from node.learn import rules, site, stored, underway
 from node.learn.examples import Parts, general_held_out, split, with_rehearsal
 from node.store import Store
 from node.update.slots import ActiveRelease, Slots
@@ -90,16 +90,16 @@ def nothing_new(settings: "NodeSettings") -> str:
         BadInput: no active release.
     """
     active, task = release_of(settings)
-    last = underway.last(settings.state_dir, active.number)
-    if last is None or underway.unfinished(settings.state_dir, active.number):
-        return ""
     store = Store(settings.state_dir / "node.db")
     try:
-        more = store.example_parts(task.name)[0] - last.examples
+        examples, _ = store.example_parts(task.name)
     finally:
         store.close()
-    wanted = settings.learn.new_examples
-    return f"{max(0, more)} examples more than at the last training, of the {wanted} that are worth another" if more < wanted else ""
+    last = underway.last(settings.state_dir, active.number)
+    learned, new = last.examples if last else 0, settings.learn.new_examples
+    if rules.worth_another(examples, learned, new=new, unfinished=underway.unfinished(settings.state_dir, active.number)):
+        return ""
+    return f"{max(0, examples - learned)} examples more than at the last training, of the {new} that are worth another"
 
 
 def judge(settings: "NodeSettings", *, interrupted: Callable[[], bool] = lambda: False) -> site.Judged | None:

@@ -19,6 +19,21 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_gguf(tmp_path_factory.mktemp("eight") / "eight.gguf", layers=8)
 
 
+@pytest.fixture(scope="session")
+def taught(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny teacher that knows one answer by heart."""
+    from coordinator.forge.training.recipe import Recipe, trained  # torch, only where it is wanted
+    from protocol.models.tokenizer import Tokenizer, make_example
+
+    record = Record(id="a", task="ranch", source="soil low", target="leak: the tank", verdict="leak")
+    with Tokenizer(tiny) as tokenizer:
+        known = [make_example(tokenizer, RANCH, record)] * 8
+    model, _ = trained(Checkpoint.read(tiny), known, Recipe(mode="full", learning_rate=1e-2, steps=40), seed=0)
+    path = tmp_path_factory.mktemp("taught") / "teacher.gguf"
+    model.write(path)
+    return path
+
+
 @pytest.fixture
 def records() -> Callable[[int], list[Record]]:
     def make(count: int) -> list[Record]:

@@ -9,21 +9,19 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 from coordinator.commands.capture import capture as command
 from coordinator.forge.targets.cache import TargetCache, Targets
 from coordinator.forge.targets.capture import capture, captured_in, examples_of, header_from, header_of
 from coordinator.forge.targets.score import score
 from coordinator.forge.teachers import NoLogits, model_file, open_teacher
-from coordinator.forge.training.recipe import Recipe, trained
 from protocol.digests import digest_file
-from protocol.errors import BadInput, MilpaError
+from protocol.errors import BadInput
 from protocol.models.checkpoint import Checkpoint
 from protocol.models.tokenizer import Tokenizer, make_example
 from protocol.models.torch_model import to_torch
 from protocol.tasks import RANCH, Record
+from tests.forge.calling import called
 from tests.forge.teaching_server import TeachingServer
 from tests.forge.tiny_folder import tiny_folder
 from tests.tiny import tiny_checkpoint, tiny_vocabulary
@@ -93,14 +91,7 @@ def task(records: Callable[[int], list[Record]], tmp_path: Path) -> list[str]:
 
 
 def run(*arguments: object) -> dict[str, Any]:
-    app = typer.Typer()
-    app.command()(command)
-    result = CliRunner().invoke(app, [*map(str, arguments), "--json", "--threads", "1"])
-    if isinstance(result.exception, MilpaError):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    found: dict[str, Any] = msgspec.json.decode(result.stdout)
-    return found
+    return called(command, *arguments)
 
 
 def test_any_gguf_fills_a_cache_through_llama_cpp_and_goes_on(llama: Path, task: list[str], tmp_path: Path) -> None:
@@ -154,18 +145,6 @@ def test_a_table_padded_by_rows_that_nobody_says_is_the_same_vocabulary(folder: 
     assert found.ids.max() < size
     assert np.exp(found.log_probs).sum(-1) == pytest.approx(1.0, abs=1e-3)
     teacher.close()
-
-
-@pytest.fixture(scope="module")
-def taught(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny teacher that knows one answer by heart."""
-    record = Record(id="a", task="ranch", source="soil low", target="leak: the tank", verdict="leak")
-    with Tokenizer(tiny) as tokenizer:
-        known = [make_example(tokenizer, RANCH, record)] * 8
-    model, _ = trained(Checkpoint.read(tiny), known, Recipe(mode="full", learning_rate=1e-2, steps=40), seed=0)
-    path = tmp_path_factory.mktemp("taught") / "teacher.gguf"
-    model.write(path)
-    return path
 
 
 def test_answers_of_an_open_teacher_are_those_of_the_torch_model_and_pass_the_same_gate(taught: Path, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from coordinator.forge.students.cut import block_influence, evenly
 from coordinator.forge.targets.cache import CacheHeader, TargetCache
 from coordinator.forge.targets.capture import capture, examples_of, passes
 from coordinator.forge.training.objective import distillation_loss, token_weights
-from coordinator.forge.training.recipe import Recipe, trained
 from protocol.errors import BadInput
 from protocol.models.checkpoint import Checkpoint
 from protocol.models.feed import collate
@@ -25,18 +24,6 @@ pytestmark = [pytest.mark.torch, pytest.mark.llama]
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def taught(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny teacher that knows one answer by heart."""
-    record = Record(id="a", task="ranch", source="soil low", target="leak: the tank", verdict="leak")
-    with Tokenizer(tiny) as tokenizer:
-        known = [make_example(tokenizer, RANCH, record)] * 8
-    model, _ = trained(Checkpoint.read(tiny), known, Recipe(mode="full", learning_rate=1e-2, steps=40), seed=0)
-    path = tmp_path_factory.mktemp("taught") / "teacher.gguf"
-    model.write(path)
-    return path
 
 
 def ask(teacher: Path, records: list[Record], folder: Path) -> tuple[list[str], list[Example], TargetCache]:

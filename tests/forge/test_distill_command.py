@@ -8,8 +8,6 @@ import gguf
 import msgspec
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 from coordinator.commands.capture import capture
 from coordinator.commands.distill import distill
@@ -18,6 +16,7 @@ from coordinator.forge.students.trim import cut_vocabulary
 from protocol.errors import MilpaError
 from protocol.models.checkpoint import Checkpoint
 from protocol.tasks import Record
+from tests.forge.calling import called as run
 from tests.tiny import tiny_checkpoint
 
 pytestmark = [pytest.mark.torch, pytest.mark.llama]
@@ -41,16 +40,6 @@ def task(records: Callable[[int], list[Record]], tmp_path: Path) -> list[str]:
     path = tmp_path / "train.jsonl"
     path.write_bytes(b"".join(msgspec.json.encode(record) + b"\n" for record in records(24)))
     return ["--task", "ranch", "--records", str(path)]
-
-
-def run(command: Callable[..., None], *arguments: object) -> dict[str, Any]:
-    app = typer.Typer()
-    app.command()(command)
-    result = CliRunner().invoke(app, [*map(str, arguments), "--json", "--threads", "1"])
-    if isinstance(result.exception, MilpaError):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return msgspec.json.decode(result.stdout)
 
 
 @pytest.mark.parametrize("mode", ["topk", "sampled", "hidden8"])
