@@ -17,7 +17,7 @@ from bench.kept import answered, distilled
 from bench.settings import TRANSLATION, Settings
 from coordinator.forge.judging.calibrate import fit, good_enough
 from coordinator.forge.judging.evaluation import Evaluation
-from coordinator.forge.pipeline import Budget
+from coordinator.forge.plan import Budget
 from coordinator.ranch import generate, site_named
 from protocol.confidence import FEATURES, Calibration
 from protocol.digests import digest_file

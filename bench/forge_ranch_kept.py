@@ -6,7 +6,7 @@ from typing import Any
 from bench.kept import answered, distilled, share
 from bench.settings import Settings
 from coordinator.forge.judging.evaluation import Evaluation
-from coordinator.forge.pipeline import Budget
+from coordinator.forge.plan import Budget
 from coordinator.ranch import generate, site_named
 from coordinator.ranch.baselines import baselines
 from protocol.tasks import RANCH, Record

@@ -15,7 +15,7 @@ from bench.settings import TRANSLATION, Settings
 from coordinator.forge.judging.evaluation import Evaluation, evaluate_texts, few_shot, paired_bootstrap
 from coordinator.forge.judging.peers import apertium
 from coordinator.forge.pairs import read_pairs
-from coordinator.forge.pipeline import Budget
+from coordinator.forge.plan import Budget
 from protocol.tasks import Record
 
 BUDGET = Budget("tatoeba", correct_s=4_200.0, capture_s=900.0, student_s=12_300.0)  # CPU-seconds: 4.8 hours, most of them the student's

@@ -14,7 +14,8 @@ from bench import stamps
 from bench.settings import Settings
 from coordinator.forge.judging.evaluation import Evaluation, evaluate
 from coordinator.forge.judging.metrics import paired_ratio
-from coordinator.forge.pipeline import Budget, Forged, Plan, forge
+from coordinator.forge.pipeline import Forged, forge
+from coordinator.forge.plan import Budget, Plan
 from coordinator.forge.teachers.gguf import GgufTeacher
 from coordinator.forge.training.recipe import Recipe
 from protocol.tasks import Record, Task

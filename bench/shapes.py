@@ -21,7 +21,8 @@ from bench.settings import TRANSLATION, Settings
 from coordinator.forge.judging.evaluation import Evaluation
 from coordinator.forge.judging.metrics import paired_difference
 from coordinator.forge.pairs import read_pairs
-from coordinator.forge.pipeline import Budget, Forged, Plan, forge
+from coordinator.forge.pipeline import Forged, forge
+from coordinator.forge.plan import Budget, Plan
 from coordinator.forge.training.recipe import Recipe, trained
 from coordinator.ranch import generate, site_named
 from protocol.models.checkpoint import Checkpoint

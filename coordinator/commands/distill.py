@@ -20,7 +20,9 @@ def distill(
     target: str = typer.Option("Spanish", help="With --pairs: language of the second column."),
     teacher: Path | None = typer.Option(None, help="A Gemma 3 GGUF to start from; by default the packaged 270M model."),
     cache: Path | None = typer.Option(
-        None, help="What a teacher of --teacher's pieces thinks, captured before (`capture`). --teacher is then taken as it is."
+        None,
+        help="What a teacher of --teacher's pieces thinks, captured before (`capture`). --teacher is then taken as it is: "
+        "all of --budget is the student's.",
     ),
     work: Path | None = typer.Option(
         None, help="Where stages are kept, found again, resumed and shared by several students; by default OUT/work."
@@ -32,10 +34,15 @@ def distill(
     ),
     blocks: int = typer.Option(8, min=1, help="Transformer blocks the student keeps, without --student."),
     scratch: bool = typer.Option(False, "--scratch", help="Random weights in the shape of --student instead of a cut (bench.crossover)."),
-    pieces: int = typer.Option(
-        30_000, min=5000, help="Of a translation: size of its vocabulary at most; more spells rare words in fewer tokens, in larger files."
+    pieces: int | None = typer.Option(
+        None,
+        min=5000,
+        show_default="30000",
+        help="Of a translation: size of its vocabulary at most; more spells rare words in fewer tokens, in larger files.",
     ),
-    mode: Literal["topk", "sampled", "hidden8"] = typer.Option("topk", help="What is captured of the teacher: see `capture --help`."),
+    mode: Literal["topk", "sampled", "hidden8"] | None = typer.Option(
+        None, show_default="topk", help="What is captured of the teacher: see `capture --help`."
+    ),
     loss: str = typer.Option("kl", help="How the student follows it: kl, reverse_kl, skew_kl, jsd, total_variation."),
     alpha: float = typer.Option(0.1, min=0.0, max=1.0, help="Weight of that loss; cross-entropy has the rest."),
     own: float = typer.Option(3.0, min=0.0, help="Records with their own targets, for each captured one."),
@@ -69,9 +76,11 @@ def distill(
         accelerate launch --multi_gpu --num_processes 2 -m coordinator.cli distill --pairs train.tsv --out model --accumulate 2
     """
     from coordinator.forge.pairs import read_either
-    from coordinator.forge.pipeline import Budget, Plan, forge
+    from coordinator.forge.pipeline import forge
+    from coordinator.forge.plan import Budget, Plan
     from coordinator.forge.students.cut import preset
     from coordinator.forge.students.export import DEFAULT_KIND, KINDS
+    from coordinator.forge.students.trim import PIECES
     from coordinator.forge.synthesis.made import read_made
     from coordinator.forge.training import scale
     from coordinator.forge.training.objective import DIVERGENCES
@@ -93,6 +102,9 @@ def distill(
         raise BadInput("--scratch needs --student: a preset, or a shape such as 12x512x1024x2")
     if cache is not None and teacher is None:
         raise BadInput("--cache needs --teacher: the file that it was captured from, or one of the same pieces")
+    for name, said in (("--pieces", pieces), ("--mode", mode)):
+        if cache is not None and said is not None:
+            raise BadInput(f"{name} {said} was decided when {cache} was captured: leave it out, or capture anew without --cache")
     known(loss, DIVERGENCES, what="loss")
     plan = Plan(
         budget=Budget.named(budget),
@@ -100,8 +112,8 @@ def distill(
         preset=student or "",
         blocks=blocks,
         scratch=scratch,
-        pieces=pieces,
-        mode=mode,
+        pieces=pieces or PIECES,
+        mode=mode or "topk",
         loss=loss,
         alpha=alpha,
         own=own,

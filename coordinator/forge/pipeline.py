@@ -8,21 +8,22 @@ with it is never computed again. Another input, another folder.
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 from transformers import Gemma3ForCausalLM
 
 from coordinator.forge.pairs import translated
+from coordinator.forge.plan import Plan
 from coordinator.forge.sharing import Worker
 from coordinator.forge.students.cut import check_fits, cut_student, evenly, preset
-from coordinator.forge.students.export import DEFAULT_KIND, export, stored
+from coordinator.forge.students.export import export, stored
 from coordinator.forge.students.importance import ENOUGH, importance
 from coordinator.forge.students.scratch import from_scratch
-from coordinator.forge.students.trim import FREQUENT, PIECES, coverage, trim
+from coordinator.forge.students.trim import coverage, trim
 from coordinator.forge.synthesis.language import identify
 from coordinator.forge.targets.cache import TargetCache, read_header
 from coordinator.forge.targets.capture import capture, captured_in, examples_of, header_of, log_of
@@ -53,68 +54,6 @@ PLAIN_KINDS = ("F16", "Q8_0")  # too fine for an importance matrix to matter
 HELD_BACK = 500  # texts that the counting corpus does not see, to report coverage on
 
 Progress = Callable[[str, float, str], None]  # stage, share done in [0, 1], a few words
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Wall-clock seconds for the three stages that take as long as one lets them."""
-
-    name: str
-    correct_s: float
-    capture_s: float
-    student_s: float
-
-    @classmethod
-    def named(cls, name: str) -> "Budget":
-        """ "demo", "hour", or a number of seconds for the three together.
-
-        Raises:
-            BadInput: none of those, or below 10 seconds.
-        """
-        if name in PRESETS:
-            return PRESETS[name]
-        try:
-            seconds = float(name)
-        except ValueError:
-            seconds = 0.0
-        if not seconds >= 10:
-            raise BadInput(f"budget {name!r} is not usable: say {', '.join(PRESETS)} or a number of seconds, 10 or more")
-        return cls(name, 0.52 * seconds, 0.15 * seconds, 0.33 * seconds)
-
-    def over(self, cores: int) -> "Budget":
-        """A budget of CPU-seconds in wall-clock seconds, where that many cores work at once."""
-        return Budget(self.name, self.correct_s / cores, self.capture_s / cores, self.student_s / cores)
-
-
-PRESETS = {"demo": Budget("demo", 165.0, 20.0, 130.0), "hour": Budget("hour", 1800.0, 500.0, 1100.0)}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that decides the result, beside the records."""
-
-    budget: Budget
-    seed: int = 0
-    preset: str = ""  # "nano", "tiny", "small" (students.cut): cut in depth and width; "": `blocks` of the teacher's width
-    blocks: int = 8  # the student's, without a preset
-    scratch: bool = False  # a preset's shapes with random weights instead of a cut
-    mode: Literal["topk", "sampled", "hidden8"] = "topk"  # what is captured of the teacher's distribution
-    loss: str = "kl"  # between the teacher's distribution and the student's (training.objective)
-    alpha: float = 0.1  # weight of the teacher's distribution: what a teacher of minutes is sure of is often wrong (docs/log.md)
-    verdict: float = 1.0  # weight of a verdict's tokens in the loss; 4 made no difference to accuracy (docs/log.md)
-    own: float = 3.0  # for each captured record, so many records more with their own targets, which the capture had no time for
-    kind: str = DEFAULT_KIND  # of the student's file
-    teacher_kind: str = "Q8_0"
-    frequent: int = FREQUENT
-    pieces: int = PIECES  # of the vocabulary at most, where general words fill it up
-    general: tuple[str, ...] | None = None  # languages whose general words the vocabulary keeps; None: a translation's two, else none
-    accumulate: int = 1  # batches a step, over all processes; a multiple of their number
-    threads: int = 2  # more than the idle cores of the machine makes it slower, not faster
-    correct: Recipe | None = None  # None: the upper half of the blocks whole, which learns faster than LoRA on all (docs/log.md)
-    student: Recipe = field(default_factory=lambda: Recipe(mode="full", learning_rate=5e-4))
-    on_policy: Recipe | None = None  # after distilling: the student writes, the teacher scores (training.on_policy)
-    blockwise: bool = False  # on policy in blocks, of which the teacher keeps what it might have said (training.speculative)
-    polish: Recipe | None = None  # after that: by rewards (training.polish)
 
 
 class Forged(msgspec.Struct, frozen=True):
@@ -170,7 +109,7 @@ def forge(
         work: stages are kept here and found again.
         out: gets teacher.gguf, student.gguf, student-f16.gguf, untrained.gguf, initial-adapter.gguf and lineage.json, the last one last.
         cache: what `base`, or a teacher of the same pieces, thinks of the targets, captured before by any number of processes. `base` then
-            stays as it is, vocabulary and weights, and nothing more is captured.
+            stays as it is, vocabulary and weights, nothing more is captured, and the student has the whole budget.
         texts: general text in the task's languages, for the vocabulary.
         targets: who wrote the records' targets, where a teacher did (`synthesis.made`), for the lineage.
         world: the processes that share the training stages; the first one does the others. Alone by default.
@@ -209,7 +148,7 @@ def forge(
         check_fits(Checkpoint.read(base), preset(plan.preset))
     general, digest = base, lineage["base_digest"]
     if cache:
-        corrected = general
+        corrected, plan = general, replace(plan, budget=plan.budget.for_student())
         captured, lineage["capture"] = _given(cache, general, told)
     else:
         trimmed, lineage["trim"] = first(

@@ -1,6 +1,8 @@
 """`milpa-coordinator distill` as a user calls it, with its choices, on a tiny model."""
 
 from collections.abc import Callable
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from coordinator.commands.capture import capture
 from coordinator.commands.distill import distill
 from coordinator.forge.judging.evidence import lineage_steps
+from coordinator.forge.plan import Plan
 from coordinator.forge.students.trim import cut_vocabulary
 from protocol.errors import MilpaError
 from protocol.models.checkpoint import Checkpoint
@@ -54,6 +57,7 @@ def test_a_cache_filled_by_several_processes_teaches_a_student_of_the_teacher_as
     lineage = made["lineage"]
     assert (lineage["capture"]["given"], lineage["capture"]["records"], lineage["capture"]["mode"]) == (True, 24, mode)
     assert lineage["distil"]["captured"] == 24
+    assert lineage["distil"]["recipe"]["seconds"] == 10  # nothing else is trained
     assert lineage["distil"]["spoken_for"] == 1.0
     assert "correct" not in lineage
     assert len(Checkpoint.read(Path(made["student"])).vocabulary.tokens) == len(Checkpoint.read(teacher).vocabulary.tokens)
@@ -141,6 +145,8 @@ def test_a_ternary_student_learns_on_policy_in_blocks_and_is_polished(teacher: P
         (["--loss", "hinge"], "reverse_kl"),
         (["--loss", "jsd", "--mode", "sampled"], "topk or hidden8"),
         (["--cache", "cache"], "captured"),
+        (["--cache", "cache", "--teacher", "t.gguf", "--mode", "hidden8"], "--mode hidden8 was decided"),
+        (["--cache", "cache", "--teacher", "t.gguf", "--pieces", "9000"], "--pieces 9000 was decided"),
     ],
 )
 def test_what_cannot_work_is_told_before_any_training(teacher: Path, task: list[str], tmp_path: Path, asked: list[str], told: str) -> None:
@@ -150,3 +156,11 @@ def test_what_cannot_work_is_told_before_any_training(teacher: Path, task: list[
         run(distill, *base, *task, *asked, "--budget", 10, "--out", tmp_path / "out")
 
     assert not list(tmp_path.glob("out/work/*-*"))
+
+
+def test_what_help_says_of_a_default_is_what_a_plan_has() -> None:
+    plan, said = {one.name: one.default for one in fields(Plan)}, {name: one.default for name, one in signature(distill).parameters.items()}
+    for name in ("seed", "blocks", "scratch", "loss", "alpha", "own", "blockwise", "threads", "accumulate"):
+        assert said[name].default == plan[name]
+    for name in ("pieces", "mode"):
+        assert said[name].show_default == str(plan[name])

@@ -10,7 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from coordinator.forge.pipeline import Budget, Forged, Plan, forge
+from coordinator.forge.pipeline import Forged, forge
+from coordinator.forge.plan import Budget, Plan
 from coordinator.forge.training.recipe import Recipe
 from protocol.digests import digest_file
 from protocol.errors import BadInput, MilpaError, NotEnough
