@@ -28,7 +28,7 @@ from protocol import topics
 from protocol.links import HEADER_BYTES, LINKS
 from protocol.mqtt import Session
 from protocol.ports import free_port
-from tests.certificates import authority
+from tests.certificates import Authority
 from tests.faults import FaultProxy
 
 BEAT_S, BEATS, QUICK_BEATS = 1.0, 60, 4
@@ -43,7 +43,7 @@ READY_S = 120.0  # seconds for the daemon to connect; Python starts slowly on a 
 
 def measure(settings: Settings) -> dict[str, Any]:
     folder, beats = settings.folder("idle_bytes_day"), QUICK_BEATS if settings.quick else BEATS
-    certificates = authority(folder / "ca")
+    certificates = Authority(folder / "ca")
     tls = Tls(certificates.ca, *certificates.issue("broker"))
     with (
         Broker(folder / "broker", port=free_port(), users={}, tls=tls, program="mosquitto") as broker,

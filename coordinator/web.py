@@ -4,7 +4,6 @@ Plain HTTP: across machines it belongs inside a VPN or behind a proxy that ends 
 (`web.tls_elsewhere`) that TLS ends elsewhere.
 """
 
-import ipaddress
 import logging
 import socket
 import time
@@ -17,6 +16,7 @@ from coordinator.app import Coordinator
 from coordinator.dashboard.routes import Changes
 from coordinator.settings import CoordinatorSettings
 from protocol.errors import BadInput, PortInUse, Unavailable
+from protocol.ports import is_loopback
 
 DATABASE_DEADLINE_S = 60.0  # PostgreSQL's own recovery after a power cut takes seconds
 DATABASE_AGAIN_S = 1.0
@@ -96,11 +96,3 @@ def _built(settings: CoordinatorSettings) -> Coordinator:
                 raise
             log.warning("%s; trying again", error)
             time.sleep(DATABASE_AGAIN_S)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -8,9 +8,10 @@ from typing import Any
 
 import msgspec
 
-from node.settings import NodeSettings, is_loopback, secret
+from node.settings import NodeSettings, secret
 from protocol.codec import UNREADABLE
 from protocol.errors import BadInput, Unavailable
+from protocol.ports import is_loopback
 from protocol.tasks import Record, task_named
 
 CONNECT_S = 2.0  # seconds; the daemon is on this machine

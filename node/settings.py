@@ -4,7 +4,6 @@ The TOML file is the one that is named (--config), else MILPA_NODE_CONFIG (empty
 Everything has a default with which a node starts alone on one machine: no broker, no peers, no coordinator.
 """
 
-import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -179,6 +178,7 @@ class Learn(msgspec.Struct, frozen=True):
     max_seconds: float = 600.0  # of one training, however often interrupted
     threads: int = 1  # processor threads of a training
     superlink: str = ""  # HOST:PORT of the SuperLink; empty: no rounds
+    superlink_ca_file: str = ""  # who signs its certificate (PEM); /etc/ssl/certs/ca-certificates.crt for a public one; empty: no TLS
     fleet_token_file: str = ""  # what the SuperLink asks of nodes
     window_s: float = 120.0  # how long a sync window stays open
 
@@ -373,6 +373,11 @@ def located(file: str, environment: Mapping[str, str] = os.environ) -> Path:
     return Path(folder) / f"milpa_{name}" if folder else SECRETS / name
 
 
+def named_file(file: str) -> str:
+    """The path a setting names, as text; "" where it names none."""
+    return str(located(file)) if file else ""
+
+
 def secret(file: str, *, what: str) -> str:
     """The secret in `file`, one line; "" when no file is named.
 
@@ -401,13 +406,3 @@ def missing_files(settings: NodeSettings) -> dict[str, str]:
     return {
         name: str(located(file)) for name, file in named.items() if not os.access(located(file), os.R_OK) or not located(file).is_file()
     }
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -1,5 +1,6 @@
-"""A port for a server of ours that is planned now and bound a moment later, by another process."""
+"""Where a server of ours listens: a port that is planned now and bound a moment later by another process, and who can reach it."""
 
+import ipaddress
 import secrets
 import socket
 
@@ -27,3 +28,13 @@ def free_port() -> int:
                 continue
         return port
     raise Unavailable(f"no free port between {PORTS.start} and {PORTS.stop - 1} in {PORT_DRAWS} draws; stop what listens there")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

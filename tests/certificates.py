@@ -1,4 +1,4 @@
-"""A certificate authority for tests: P-256, valid for a day around now."""
+"""A certificate authority for tests, P-256."""
 
 import datetime
 import ipaddress
@@ -12,43 +12,37 @@ from cryptography.x509.oid import NameOID
 
 
 class Authority:
-    """Signs certificates for a test, P-256."""
+    """Signs certificates for a test; its name is its folder's."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.key = ec.generate_private_key(ec.SECP256R1())
-        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, folder.name)])
-        self.ca = self._write("ca.pem", self._certificate(self.name, self.key, authority=True))
+    def __init__(self, folder: Path, *, days: float = 300) -> None:
+        folder.mkdir(exist_ok=True)
+        self.folder, self.key = folder, ec.generate_private_key(ec.SECP256R1())
+        self.ca = self._write("ca.pem", self._certificate(folder.name, self.key, ca=True, days=days))
 
-    def issue(self, common_name: str) -> tuple[Path, Path]:
+    def issue(self, name: str, *, days: float = 300, since: float = -1, address: str = "127.0.0.1") -> tuple[Path, Path]:
+        """A certificate for that common name and address, and its key; valid from `since` to `days` from now."""
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = self._certificate(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)]), key, authority=False)
         private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        return self._write(f"{common_name}.pem", certificate), self._write(f"{common_name}.key", private)
+        certificate = self._certificate(name, key, days=days, since=since, address=address)
+        return self._write(f"{name}.pem", certificate), self._write(f"{name}.key", private)
 
-    def _certificate(self, name: x509.Name, key: Any, *, authority: bool) -> bytes:
+    def _certificate(
+        self, name: str, key: Any, *, days: float = 300, since: float = -1, ca: bool = False, address: str = "127.0.0.1"
+    ) -> bytes:
+        def named(common: str) -> x509.Name:
+            return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+
         now = datetime.datetime.now(datetime.UTC)
-        return (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(self.name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-            .sign(self.key, hashes.SHA256())
-            .public_bytes(serialization.Encoding.PEM)
-        )
+        builder = (
+            x509.CertificateBuilder().subject_name(named(name)).issuer_name(named(self.folder.name)).public_key(key.public_key())
+            .serial_number(x509.random_serial_number()).not_valid_before(now + datetime.timedelta(days=since))
+            .not_valid_after(now + datetime.timedelta(days=days)).add_extension(x509.BasicConstraints(ca, None), critical=True)
+            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), critical=False)
+        )  # fmt: skip
+        return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     def _write(self, name: str, data: bytes) -> Path:
         path = self.folder / name
         path.write_bytes(data)
+        path.chmod(0o600)
         return path
-
-
-def authority(folder: Path) -> Authority:
-    """A new one, in a folder of its own."""
-    folder.mkdir(exist_ok=True)
-    return Authority(folder)

@@ -18,6 +18,9 @@ def round(
     config: Path | None = typer.Option(None, help="The coordinator's TOML file."),
     superlink: str | None = typer.Option(None, help="HOST:PORT; by default what the key folder says."),
     superlink_keys: Path | None = typer.Option(None, help="State folder of the SuperLink, with its keys; by default STORE/superlink."),
+    superlink_ca_file: Path | None = typer.Option(
+        None, help="With --superlink: who signs its certificate (PEM); without it no TLS. By default what the key folder says."
+    ),
     site: list[str] = typer.Option([], help="Sites to wait for; by default those with a held-out set."),
     deadline: float = typer.Option(120.0, min=1.0, help="Seconds for collecting; who has not answered then is left out."),
     eta: str = typer.Option("1", help="Server scales to try on the dev sets, with commas: 1 averages, N adds up."),
@@ -42,7 +45,7 @@ def round(
         milpa-coordinator round --store ./store --heldout esteli=esteli.jsonl --deadline 3600 --eta 1,2 --dry-run --json
     """
     from coordinator.federation.round import GENERAL, Options, run_round
-    from coordinator.federation.superlink import Keys, address_in, read_key
+    from coordinator.federation.superlink import Keys, Place, place_in, read_key
     from coordinator.fleet.ledger import Ledger
     from coordinator.fleet.publishing import Publisher
     from coordinator.forge.pairs import read_records
@@ -60,8 +63,8 @@ def round(
     chosen = {name: read_records(file, task) for name, file in named(dev, "--dev").items()}
     etas = read_etas(eta)
     key_folder = superlink_keys or folder / "superlink"
-    address = superlink or address_in(key_folder)
-    if not address:
+    place = Place(superlink, "") if superlink else place_in(key_folder)
+    if place is None:
         raise BadInput(f"no SuperLink is known: {key_folder} has no superlink.json; give --superlink HOST:PORT and --superlink-keys")
     keys = Keys(control=read_key(key_folder / "control.token"), fleet="", secret=read_key(key_folder / "superexec.secret"))
     sites = tuple(site) or tuple(name for name in judged if name != GENERAL)
@@ -75,7 +78,8 @@ def round(
         with progress_bar() as bar:
             line = bar.add_task("round", total=None)
             result = run_round(
-                folder, ledger=ledger, superlink=address, keys=keys, heldout=judged, dev=chosen, files=files, options=options,
+                folder, ledger=ledger, superlink=place.address, superlink_ca=str(superlink_ca_file or place.ca), keys=keys,
+                heldout=judged, dev=chosen, files=files, options=options,
                 progress=lambda what, done, total: bar.update(line, description=what, completed=done, total=total or None),
             )  # fmt: skip
     finally:

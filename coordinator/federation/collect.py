@@ -26,6 +26,7 @@ from protocol.adapters import AdapterHeader, AdapterQuestion, AdapterReceipt, Ad
 from protocol.blobs import write_atomically
 from protocol.digests import digest_bytes
 from protocol.errors import BadInput, MalformedMessage, MilpaError, TooLarge, Unavailable
+from protocol.flower import authorities
 from protocol.lines import child_lines, first_line
 from protocol.names import checked_name
 
@@ -64,6 +65,7 @@ class Job(msgspec.Struct, frozen=True):
     address: str
     token: str
     secret: str
+    ca: str  # who signed the SuperLink's certificate; empty: plain HTTP
     question: AdapterQuestion
     folder: str
     seconds: float
@@ -78,6 +80,7 @@ def collect(
     *,
     token: str,
     secret: str,
+    ca: str = "",
     seconds: float,
     expected: Collection[str] = (),
     minimum: int = 1,
@@ -90,10 +93,14 @@ def collect(
     Ends when all `expected` sites have answered; without a list, when `minimum` and all who were asked have and nobody new came for
     QUIET_S; in any case after `seconds`. If the child dies early it is started again for the time that is left.
 
+    Args:
+        ca: who signed the SuperLink's certificate: a PEM file; "" is plain HTTP.
+
     Raises:
-        BadInput: the SuperLink refused the token.
+        BadInput: the SuperLink refused the token, or `ca` is of no use.
         Unavailable: no SuperLink answered until the deadline.
     """
+    authorities(ca)
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
     asked, answered = 0, {name for name in expected if has_reply(folder, name)}
@@ -102,7 +109,7 @@ def collect(
         missing = tuple(sorted(set(expected) - answered))
         if expected and not missing:
             return asked
-        job = Job(address, token, secret, question, str(folder.resolve()), left, missing, minimum)
+        job = Job(address, token, secret, ca, question, str(folder.resolve()), left, missing, minimum)
         finished = False
         for told in child_lines(
             "coordinator.federation.collect", job, Told, environment=environment(flower_home.resolve()),
@@ -163,7 +170,7 @@ def _work(job: Job, tell: Callable[[Told], None]) -> None:
     from coordinator.federation import flower
 
     end = time.monotonic() + job.seconds
-    run = flower.Run(job.address, token=job.token, secret=job.secret.encode())
+    run = flower.Run(job.address, token=job.token, secret=job.secret.encode(), ca=job.ca)
     tell(Told("open"))
     folder, payload = Path(job.folder), codec.encode(job.question)
     waiting: dict[str, int] = {}

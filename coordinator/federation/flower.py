@@ -37,6 +37,7 @@ from httpx import HTTPError, HTTPStatusError
 
 from protocol.adapters import Flat
 from protocol.errors import BadInput, Unavailable
+from protocol.flower import authorities
 
 ADAPTER_LIMIT = 256 << 20  # bytes of one flat array; rank 16 on every matrix of a 270M model is 15 MB
 ACQUIRE_DEADLINE_S = 30.0  # from StartRun to a task in hand; 40 to 180 ms measured
@@ -96,15 +97,14 @@ class _Bearer:
 class _GuardedGrid(HttpGrid):
     """Flower's grid, with the token."""
 
-    def __init__(self, address: str, *, task_token: str, bearer: _Bearer) -> None:
-        super().__init__(address, insecure=True, token=task_token)
-        self._bearer = bearer
+    def __init__(self, address: str, *, task_token: str, bearer: _Bearer, tls: dict[str, Any]) -> None:
+        super().__init__(address, token=task_token, **tls)
+        self._bearer, self._tls = bearer, tls
 
     def _connect(self) -> None:
         self._client = RuntimeHttpClient.from_server_address(
             server_address=self._addr,
-            insecure=True,
-            root_certificates=None,
+            **self._tls,
             interceptors=[
                 RuntimeVersionHttpInterceptor(component_name="flwr-serverapp"),
                 RuntimeTokenHttpInterceptor(self._token),
@@ -117,28 +117,29 @@ class _GuardedGrid(HttpGrid):
 class Run:
     """One Flower run, opened and driven from this process: ask nodes, take what arrives, close."""
 
-    def __init__(self, address: str, *, token: str, secret: bytes) -> None:
+    def __init__(self, address: str, *, token: str, secret: bytes, ca: str = "") -> None:
         """Start a run at the SuperLink and become its executor.
 
         Args:
             address: HOST:PORT.
             token: the control token.
             secret: what signs the request for the run's task.
+            ca: who signed its certificate (`protocol.flower.authorities`).
 
         Raises:
             Unavailable: nobody answers at `address`, or the run does not start in time.
-            BadInput: the SuperLink refused the token.
+            BadInput: the SuperLink refused the token, or `ca` is of no use.
         """
         bearer = _Bearer(token)
+        tls = {"insecure": not ca, "root_certificates": authorities(ca)}
         version = RuntimeVersionHttpInterceptor(component_name="SuperExec")
         content, _ = build_fab_from_files(APP)
         fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
         try:
-            with ControlHttpClient.from_server_address(
-                server_address=address, insecure=True, root_certificates=None, interceptors=[version, bearer]
-            ) as control:
+            with ControlHttpClient.from_server_address(server_address=address, **tls, interceptors=[version, bearer]) as control:
                 self.id = control.StartRun(StartRunRequest(fab=fab_to_proto(fab), federation="", app_spec="")).run_id
-            self._grid = _GuardedGrid(address, task_token=_acquire(address, self.id, secret, [version, bearer]), bearer=bearer)
+            task_token = _acquire(address, self.id, secret, [version, bearer], tls)
+            self._grid = _GuardedGrid(address, task_token=task_token, bearer=bearer, tls=tls)
             client = self._grid._runtime_client
             self._heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
             self._heartbeat.start()
@@ -148,7 +149,8 @@ class Run:
                 raise BadInput(f"the SuperLink at {address} refused the token; give the control.token file of that SuperLink") from error
             raise Unavailable(f"the SuperLink at {address} answered {error.response.status_code} when the round opened") from error
         except HTTPError as error:
-            raise Unavailable(f"no SuperLink answers at {address}; start one with `milpa-coordinator superlink`") from error
+            told = f" ({error})" if "SSL" in str(error) or "CERTIFICATE" in str(error) else ""
+            raise Unavailable(f"no SuperLink answers at {address}{told}; start one with `milpa-coordinator superlink`") from error
         self._grid.set_run(run_from_proto(given.run))
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, given.run.run_id, given.context.node_id
 
@@ -176,12 +178,10 @@ class Run:
         self._grid.close()
 
 
-def _acquire(address: str, run: int, secret: bytes, interceptors: list[Any]) -> str:
+def _acquire(address: str, run: int, secret: bytes, interceptors: list[Any], tls: dict[str, Any]) -> str:
     signed = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=[ACQUIRE_METHOD])
     end = time.monotonic() + ACQUIRE_DEADLINE_S
-    with RuntimeHttpClient.from_server_address(
-        server_address=address, insecure=True, root_certificates=None, interceptors=[*interceptors, signed]
-    ) as client:
+    with RuntimeHttpClient.from_server_address(server_address=address, **tls, interceptors=[*interceptors, signed]) as client:
         while time.monotonic() < end:
             got = client.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-serverapp"]))
             if got.HasField("task") and got.token and got.task.run_id == run:

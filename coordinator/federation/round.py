@@ -78,6 +78,7 @@ def run_round(
     ledger: Ledger,
     superlink: str,
     keys: Keys,
+    superlink_ca: str = "",
     heldout: Mapping[str, Sequence[Record]],
     dev: Mapping[str, Sequence[Record]] | None = None,
     files: Mapping[str, Path] | None = None,
@@ -90,6 +91,7 @@ def run_round(
     Args:
         store: the coordinator's folder; `repository/`, `rounds/` and `evaluations/` lie in it.
         superlink: HOST:PORT.
+        superlink_ca: who signs its certificate, a PEM file; "" is plain HTTP.
         heldout: "general" and site names -> records that neither trained nor chose anything.
         dev: the same for choosing eta and fitting the calibration; without it eta is the first and no calibration is shipped.
         files: where each held-out set came from, for the command in the evidence that measures it again; without them it has none.
@@ -119,7 +121,7 @@ def run_round(
             rounds, ledger, base.release, expected=options.expected, deadline_s=options.deadline_s, now=int(clock())
         )  # fmt: skip
         work = _Round(store, publisher, ledger, base, opened, options, files or {}, progress, clock)
-        adapters, accepted, refused = work.collect(superlink, keys)
+        adapters, accepted, refused = work.collect(superlink, keys, superlink_ca)
         if not adapters:
             reason = "no adapter was accepted" if refused else "no site had an adapter"
             result = Result(opened.number, base.release.number, "no adapters", (reason,), refused=refused)
@@ -200,7 +202,9 @@ class _Round:
 
     # -------------------------------------------------------------------------------------------------------- collecting
 
-    def collect(self, superlink: str, keys: Keys) -> tuple[list[_Adapter], tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
+    def collect(
+        self, superlink: str, keys: Keys, superlink_ca: str
+    ) -> tuple[list[_Adapter], tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
         """Ask, write every reply down as it comes, admit. Returns what may be merged, and both lists for the result."""
         question = AdapterQuestion(self.base.release.number, self.base.digest, self.base.initial.digest)
         others: list[dict[str, Any]] = []
@@ -223,7 +227,7 @@ class _Round:
             heard.add(reply.node)
         try:
             collect(
-                superlink, question, self.folder, token=keys.control, secret=keys.secret, seconds=self.options.deadline_s,
+                superlink, question, self.folder, token=keys.control, secret=keys.secret, ca=superlink_ca, seconds=self.options.deadline_s,
                 expected=self.options.expected, flower_home=self.store / "flower", on_reply=on_reply,
                 on_progress=lambda text: self.progress(text, len(heard), len(self.options.expected)),
             )  # fmt: skip

@@ -9,7 +9,7 @@ Rules:
  * No telemetry, no update check, no installation of packages from the network.
 
 Limits: the fleet token is one for the whole fleet, so it keeps strangers out but does not tell one node from another; a node is believed
-when it says its site's name. Traffic is plain HTTP: across machines put it inside a VPN or behind a TLS proxy.
+when it says its site's name. Without a certificate traffic is plain HTTP: for one machine, or inside a VPN.
 superlink.db keeps the size of its largest day; with no round open it may be deleted while the SuperLink is stopped.
 """
 
@@ -17,7 +17,8 @@ import hmac
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+import ssl
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import msgspec
 
 from protocol.blobs import write_atomically
 from protocol.errors import BadInput, PortInUse
-from protocol.flower import offline
+from protocol.flower import authorities, offline
 
 FLEET_HEADER = b"x-milpa-fleet"
 TOKEN_BYTES = 32
@@ -40,6 +41,14 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 def environment(state: Path) -> dict[str, str]:
     """The variables for flwr's processes of a coordinator with that folder."""
     return offline(state / "flwr")
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a SuperLink listens: `superlink.json` in its state folder."""
+
+    address: str  # HOST:PORT
+    ca: str = ""  # who signed its certificate, a PEM file; empty: plain HTTP
+    pid: int = 0
 
 
 class Keys(msgspec.Struct, frozen=True):
@@ -82,6 +91,27 @@ def read_key(path: Path) -> str:
     if len(value) < 16:
         raise BadInput(f"{path} holds no usable key; delete it and start the SuperLink again")
     return value
+
+
+class Certificate(msgspec.Struct, frozen=True):
+    """What the SuperLink shows who connects, as PEM files."""
+
+    cert: Path  # with the address or name that nodes are told among its subject alternative names
+    key: Path
+    ca: Path  # who signed it; `cert` itself where it signed itself
+
+    def check(self) -> None:
+        """
+        Raises:
+            BadInput: a file cannot be read, or the key is not the certificate's.
+        """
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.cert, self.key, password="")
+        except OSError as error:  # an SSLError is one, too
+            raise BadInput(
+                f"{self.cert} and {self.key} are no certificate with its key ({error}); give both as PEM, the key in clear"
+            ) from error
+        authorities(str(self.ca))
 
 
 class Guard:
@@ -144,17 +174,22 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 0,
     open_fleet: bool = False,
+    certificate: Certificate | None = None,
     ready: Callable[[str], None] | None = None,
     outer_environment: MutableMapping[str, str] = os.environ,
 ) -> None:
     """Run the guarded SuperLink until SIGTERM or SIGINT. `state/superlink.json` tells other programs where it listens.
 
     Args:
+        certificate: speaks TLS with it, and tells rounds on this machine whom to trust; none: plain HTTP.
         ready: called once with "HOST:PORT" when the address is known.
 
     Raises:
         PortInUse: as `listen`.
+        BadInput: as `Certificate.check`.
     """
+    if certificate is not None:
+        certificate.check()
     os.umask(0o077)  # adapters on their way lie in the database
     ours = keys(state, open_fleet=open_fleet)
     bound = listen(host, port)
@@ -166,18 +201,19 @@ def serve(
 
     app = flower.superlink_app(database=str(state / "superlink.db"), host=host, port=port, secret=ours.secret.encode())
     config = uvicorn.Config(
-        Guard(app, ours), log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=STOP_DEADLINE_S
+        Guard(app, ours), log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=STOP_DEADLINE_S,
+        ssl_certfile=certificate.cert if certificate else None, ssl_keyfile=certificate.key if certificate else None,
     )  # fmt: skip
-    write_atomically(state / "superlink.json", msgspec.json.encode({"address": f"{host}:{port}", "pid": os.getpid()}))
+    place = Place(f"{host}:{port}", str(certificate.ca.resolve()) if certificate else "", os.getpid())
+    write_atomically(state / "superlink.json", msgspec.json.encode(place))
     if ready is not None:
         ready(f"{host}:{port}")
     uvicorn.Server(config).run(sockets=[bound])
 
 
-def address_in(state: Path) -> str | None:
+def place_in(state: Path) -> Place | None:
     """Where the SuperLink of that state folder listens, as it said at its last start."""
     try:
-        said: Mapping[str, Any] = msgspec.json.decode((state / "superlink.json").read_bytes())
+        return msgspec.json.decode((state / "superlink.json").read_bytes(), type=Place)
     except (OSError, msgspec.DecodeError):
         return None
-    return str(said.get("address") or "") or None

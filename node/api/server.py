@@ -8,8 +8,8 @@ import time
 import uvicorn
 from starlette.types import ASGIApp
 
-from node.settings import is_loopback
 from protocol.errors import BadInput, PortInUse, Unavailable
+from protocol.ports import is_loopback
 
 BACKLOG = 64  # connections that wait for accept()
 GOODBYE_S = 5  # seconds for requests under way when the node stops

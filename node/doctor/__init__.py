@@ -50,7 +50,7 @@ def examine(
         machine.temperature(places),
         _files(settings),
         outside.port(settings, running=bool(running)),
-        *certificates.both(settings, now()),
+        *certificates.every(settings, now()),
         *_allowed("free memory", lambda: [model.memory(settings, places=places, running=running)]),
     ]
     if found[-1].state != "bad":

@@ -1,4 +1,7 @@
-"""The TLS files of the node's brokers: expired, soon expired, not yet valid, not matching their key, readable by others."""
+"""The TLS files of the node's brokers and of its SuperLink: expired, soon expired, not yet valid, not matching their key, open to others.
+
+Of several authorities in a file the one that lasts longest counts: an old one may stay beside the new one.
+"""
 
 import datetime
 import stat
@@ -6,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from node.doctor.finding import Finding
-from node.settings import Account, NodeSettings
+from node.settings import Account, NodeSettings, located
 from protocol.errors import BadInput
 
 SOON_S = 30 * 86_400  # seconds; an operator may visit a site once a month
 DAY_S = 86_400
 
 
-def both(settings: NodeSettings, now: float) -> list[Finding]:
-    """Of the fleet's broker and of the site's; one finding for each that uses TLS."""
+def every(settings: NodeSettings, now: float) -> list[Finding]:
+    """Of the fleet's broker, of the site's, and of the SuperLink; one finding for each that uses TLS."""
     found = []
     sections: tuple[tuple[str, Account, str], ...] = (
         ("broker certificate", settings.broker, settings.node.name),
@@ -23,6 +26,8 @@ def both(settings: NodeSettings, now: float) -> list[Finding]:
     for name, section, user in sections:
         if section.host and (section.ca_file or section.cert_file):
             found.append(look(name, *section.tls_files(), user=user, now=now))
+    if settings.learn.superlink and settings.learn.superlink_ca_file:
+        found.append(look("SuperLink certificate", located(settings.learn.superlink_ca_file), None, None, user="", now=now))
     return found
 
 
@@ -38,7 +43,8 @@ def look(what: str, ca: Path | None, cert: Path | None, key: Path | None, *, use
             return Finding(what, "bad", problem, "issue a certificate for exactly this key, on the broker's side")
     except BadInput as error:
         return Finding(what, "bad", str(error), "bring the file again")
-    chain = [*((cert, one) for one in own), *((ca, one) for one in authorities)]
+    longest = sorted(authorities, key=lambda one: one.not_valid_after_utc)[-1:]
+    chain = [*((cert, one) for one in own), *((ca, one) for one in longest)]
     for path, one in sorted(chain, key=lambda pair: pair[1].not_valid_after_utc):
         left = one.not_valid_after_utc.timestamp() - now
         until = one.not_valid_after_utc.date().isoformat()

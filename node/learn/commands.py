@@ -84,6 +84,7 @@ def until_told() -> Callable[[], bool]:
 
 def sync(
     superlink: str | None = typer.Option(None, help="HOST:PORT of the coordinator's SuperLink."),
+    superlink_ca_file: Path | None = typer.Option(None, help="Who signs its certificate (PEM); without it no TLS."),
     window: float | None = typer.Option(None, min=1.0, help="Seconds the window stays open; it ends sooner once the adapter has arrived."),
     stay: bool = typer.Option(False, "--stay", help="Keep it open to the end, adapter or not."),
     fleet_token_file: Path | None = typer.Option(None, help="The SuperLink's fleet.token, brought here by hand."),
@@ -107,6 +108,7 @@ def sync(
 
     flags: dict[str, Any] = {
         "node.state_dir": str(state_dir) if state_dir else None, "learn.superlink": superlink, "learn.window_s": window,
+        "learn.superlink_ca_file": str(superlink_ca_file) if superlink_ca_file else None,
         "learn.fleet_token_file": str(fleet_token_file) if fleet_token_file else None,
     }  # fmt: skip
     settings, _ = node_settings.read(config, flags=flags)
@@ -120,7 +122,7 @@ def sync(
     result = open_window(
         settings.state_dir, settings.site, address, window_s=settings.learn.window_s, stay=stay, stop=until_told(),
         fleet_token=node_settings.secret(settings.learn.fleet_token_file, what="learn.fleet_token_file"),
-        on_progress=lambda text: stderr.print(text, highlight=False),
+        ca=node_settings.named_file(settings.learn.superlink_ca_file), on_progress=lambda text: stderr.print(text, highlight=False),
     )  # fmt: skip
     if as_json:
         print_json(result)

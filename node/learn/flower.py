@@ -61,6 +61,7 @@ class Job(msgspec.Struct, frozen=True):
     port: int  # of the SuperNode's own API, on loopback
     secret_file: str
     fleet_token: str = ""
+    ca: str = ""  # who signed the SuperLink's certificate; empty: plain HTTP
 
 
 class Said(msgspec.Struct, frozen=True):
@@ -194,8 +195,9 @@ def _main() -> None:
     threading.Thread(
         target=serve, args=(job.port, secret, answer_and_note), kwargs={"on_answer": lambda: tell("answered"), "stop": stop}, daemon=True
     ).start()
+    trust = ["--root-certificates", job.ca] if job.ca else ["--insecure"]
     sys.argv = [
-        "flower-supernode", "--insecure", "--superlink", job.superlink, "--host", "127.0.0.1", "--port", str(job.port),
+        "flower-supernode", *trust, "--superlink", job.superlink, "--host", "127.0.0.1", "--port", str(job.port),
         "--isolation", "process", "--superexec-auth-secret-file", job.secret_file, "--node-config", f'node="{job.node}"',
     ]  # fmt: skip
     flower_supernode()

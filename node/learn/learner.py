@@ -344,11 +344,14 @@ class Learner(Part):
 
     def _open_window(self, over: Callable[[], bool]) -> "SyncResult":
         from node.learn.sync import sync
-        from node.settings import secret
+        from node.settings import named_file, secret
 
         learn = self.settings.learn
         token = secret(learn.fleet_token_file, what="learn.fleet_token_file")
-        return sync(self.settings.state_dir, self.settings.site, learn.superlink, window_s=learn.window_s, fleet_token=token, stop=over)
+        return sync(
+            self.settings.state_dir, self.settings.site, learn.superlink, window_s=learn.window_s, fleet_token=token,
+            ca=named_file(learn.superlink_ca_file), stop=over,
+        )  # fmt: skip
 
 
 class _Over:

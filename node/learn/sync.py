@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from protocol.flower import offline
+from protocol.flower import authorities, offline
 from protocol.lines import child_lines
 from protocol.names import checked_name
 from protocol.ports import free_port
@@ -39,6 +39,7 @@ def sync(
     *,
     window_s: float,
     fleet_token: str = "",
+    ca: str = "",
     stay: bool = False,
     stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[str], None] = lambda text: None,
@@ -47,12 +48,17 @@ def sync(
 
     Args:
         fleet_token: what the SuperLink asks of nodes.
+        ca: who signed its certificate: a PEM file; "" is plain HTTP.
         stay: keep the window open after the receipt (otherwise there is nothing left to say).
         stop: asked a few times a second; True ends the window.
 
     No SuperLink at the address is not an error: the window closes with nothing delivered.
+
+    Raises:
+        BadInput: `ca` is of no use, or `node` no name.
     """
     checked_name(node, what="node")
+    authorities(ca)
     begun = time.monotonic()
     end = begun + window_s
     codes: list[str] = []
@@ -68,7 +74,7 @@ def sync(
         while not over():
             job = {
                 "node": node, "state_dir": str(state_dir.resolve()), "superlink": superlink, "port": free_port(),
-                "secret_file": str(secret_file), "fleet_token": fleet_token,
+                "secret_file": str(secret_file), "fleet_token": fleet_token, "ca": ca,
             }  # fmt: skip
             for said in child_lines("node.learn.flower", job, dict[str, Any], environment=offline(Path(private)), over=over):
                 if said.get("kind") == "answered":

@@ -20,9 +20,10 @@ from coordinator import web
 from coordinator.app import Watch
 from coordinator.fleet.publishing import Publisher, build_release
 from coordinator.settings import CoordinatorSettings, LedgerSection, load_settings
-from coordinator.web import is_loopback, listen
+from coordinator.web import listen
 from protocol.errors import BadInput, PortInUse, Unavailable, UnknownName
 from protocol.messages import Status
+from protocol.ports import is_loopback
 from tests.dashboard.conftest import Serving, form_token
 from tests.dashboard.seed import NOW
 

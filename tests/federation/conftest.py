@@ -1,6 +1,7 @@
 """A real SuperLink in a process of its own, real sync windows, and adapters to send through them."""
 
 import os
+import ssl
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from coordinator.federation.superlink import Keys, address_in, keys
+from coordinator.federation.superlink import Keys, keys, place_in
 from node.learn.sync import SyncResult, sync
 
 ROOT = Path(__file__).parents[2]
@@ -28,28 +29,41 @@ def wait_until(ready: Callable[[], bool], *, seconds: float = READY_S, what: str
 class SuperLink:
     """`milpa-coordinator superlink` with a state folder that outlives its process."""
 
-    def __init__(self, state: Path) -> None:
-        self.state = state
+    def __init__(self, state: Path, certificate: tuple[Path, Path, Path] | None = None) -> None:
+        """`certificate`: it, its key, who signed it; then all of it is over TLS."""
+        self.state, self.certificate = state, certificate
         self.process: subprocess.Popen[bytes] | None = None
         self.address = ""
 
     def start(self, port: int = 0) -> None:
-        program = (
-            f"from coordinator.federation.superlink import serve; from pathlib import Path; serve(Path({str(self.state)!r}), port={port})"
-        )
+        command = [sys.executable, "-m", "coordinator.cli", "superlink", "--state", str(self.state), "--port", str(port)]
+        for option, file in zip(("--cert-file", "--key-file", "--ca-file"), self.certificate or (), strict=False):
+            command += [option, str(file)]
         log = (self.state.parent / "superlink.log").open("ab")
-        self.process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=log, stderr=log)
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         log.close()
         wait_until(self.healthy, what="a healthy SuperLink")
 
     def healthy(self) -> bool:
         assert self.process is not None
         assert self.process.poll() is None, "the SuperLink died; see superlink.log"
-        self.address = address_in(self.state) or ""
+        self.address = place.address if (place := place_in(self.state)) else ""
         try:
-            return bool(self.address) and httpx.get(f"http://{self.address}/health", timeout=2.0).status_code == 200
+            return bool(self.address) and httpx.get(f"{self.url}/health", timeout=2.0, verify=self.trust).status_code == 200
         except httpx.HTTPError:
             return False
+
+    @property
+    def ca(self) -> str:
+        return str(self.certificate[2]) if self.certificate else ""
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.ca else 'http'}://{self.address}"
+
+    @property
+    def trust(self) -> ssl.SSLContext | bool:
+        return ssl.create_default_context(cafile=self.ca) if self.ca else True
 
     def kill(self) -> None:
         assert self.process is not None
@@ -79,13 +93,16 @@ def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
 class Window:
     """A node's sync window in a thread, its Flower process a real child."""
 
-    def __init__(self, state_dir: Path, node: str, link: SuperLink, *, seconds: float = 60.0, fleet_token: str | None = None) -> None:
+    def __init__(
+        self, state_dir: Path, node: str, link: SuperLink, *, seconds: float = 60.0, fleet_token: str | None = None, ca: str | None = None
+    ) -> None:
         self.result: SyncResult | None = None
         self.over = threading.Event()
         token = link.keys.fleet if fleet_token is None else fleet_token
 
         def run() -> None:
-            self.result = sync(state_dir, node, link.address, window_s=seconds, fleet_token=token, stop=self.over.is_set)
+            trusted = link.ca if ca is None else ca
+            self.result = sync(state_dir, node, link.address, window_s=seconds, fleet_token=token, ca=trusted, stop=self.over.is_set)
 
         self.thread = threading.Thread(target=run)
         self.thread.start()
@@ -105,7 +122,7 @@ def windows(superlink: SuperLink) -> Iterator[Callable[..., Window]]:
     opened: list[Window] = []
 
     def open_window(state_dir: Path, node: str, **more: object) -> Window:
-        opened.append(Window(state_dir, node, superlink, **more))  # type: ignore[arg-type]
+        opened.append(Window(state_dir, node, more.pop("link", superlink), **more))  # type: ignore[arg-type]
         return opened[-1]
 
     yield open_window

@@ -35,11 +35,13 @@ def store_adapter(state_dir: Path, site: str, *, seed: int = 1, poison: bool = F
     return flat
 
 
-def gather(link: SuperLink, folder: Path, *, seconds: float = 60.0, token: str = "", expected: tuple[str, ...] = ()) -> list[Reply]:
+def gather(
+    link: SuperLink, folder: Path, *, seconds: float = 60.0, token: str = "", expected: tuple[str, ...] = (), ca: str | None = None
+) -> list[Reply]:
     replies: list[Reply] = []
     collect(
-        link.address, QUESTION, folder, token=token or link.keys.control, secret=link.keys.secret, seconds=seconds, expected=expected,
-        flower_home=folder.parent / "flower", on_reply=replies.append,
+        link.address, QUESTION, folder, token=token or link.keys.control, secret=link.keys.secret, ca=link.ca if ca is None else ca,
+        seconds=seconds, expected=expected, flower_home=folder.parent / "flower", on_reply=replies.append,
     )  # fmt: skip
     return replies
 

@@ -199,9 +199,9 @@ def test_a_handshake_that_fails_is_paid_for(metered, clocks, tmp_path, eventuall
                 end.sendall(b"no TLS here\r\n")
 
         threading.Thread(target=greet_wrongly, daemon=True).start()
-        from tests.certificates import authority
+        from tests.certificates import Authority
 
-        session = Session("esteli", "127.0.0.1", plain.getsockname()[1], ca_file=authority(tmp_path / "ca").ca, meter=meter, backoff_base=5)
+        session = Session("esteli", "127.0.0.1", plain.getsockname()[1], ca_file=Authority(tmp_path / "ca").ca, meter=meter, backoff_base=5)
         session.start()
         try:
             eventually(lambda: meter.day.spent >= links.CONNECT_BYTES, lambda: session.problem)

@@ -7,14 +7,14 @@ from protocol import topics
 from protocol.errors import BadInput
 from protocol.mqtt import Session
 from protocol.ports import free_port
-from tests.certificates import authority
+from tests.certificates import Authority
 
 pytestmark = pytest.mark.broker
 
 
 @pytest.fixture
 def ours(tmp_path):
-    return authority(tmp_path / "ours")
+    return Authority(tmp_path / "ours")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_node_with_a_certificate_speaks_under_the_certificates_name_and_no_oth
 
 
 def test_a_client_without_or_with_a_foreign_certificate_is_not_let_in(session, ours, tmp_path, eventually):
-    foreign = authority(tmp_path / "theirs")
+    foreign = Authority(tmp_path / "theirs")
     bare, forged = session("bare", ours.ca), session("forged", ours.ca, *foreign.issue("esteli"))
 
     eventually(lambda: bare.problem != "connecting" and forged.problem != "connecting")
@@ -61,7 +61,7 @@ def test_a_client_without_or_with_a_foreign_certificate_is_not_let_in(session, o
 
 
 def test_a_broker_with_a_foreign_certificate_is_not_trusted(session, ours, tmp_path, eventually):
-    foreign = authority(tmp_path / "theirs")
+    foreign = Authority(tmp_path / "theirs")
     esteli = session("esteli", foreign.ca, *ours.issue("esteli"))
 
     eventually(lambda: "certificate verify failed" in esteli.problem, lambda: esteli.problem)

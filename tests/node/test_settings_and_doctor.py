@@ -1,5 +1,4 @@
 import datetime
-import ipaddress
 import os
 import socket
 import subprocess
@@ -11,10 +10,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from deploy.broker import Broker, Tls, find_mosquitto
 from node import doctor
@@ -26,6 +21,7 @@ from node.settings import NodeSettings, located, read, secret
 from node.update.rules import BUILT_AT
 from protocol.errors import BadInput, UnknownName
 from protocol.ports import free_port
+from tests.certificates import Authority
 from tests.node.conftest import ROOT, settings
 
 
@@ -431,42 +427,6 @@ def test_the_doctor_makes_a_fixed_model_speak(tmp_path: Path, tiny: Path) -> Non
 # ---- certificates and brokers, real ones
 
 
-class Authority:
-    """Signs certificates, P-256."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self.folder, self.key = folder, ec.generate_private_key(ec.SECP256R1())
-        self.ca = self._write("ca.pem", self._certificate(folder.name, self.key, ca=True))
-
-    def issue(self, name: str, *, days: float = 300, since: float = -1, address: str = "127.0.0.1") -> tuple[Path, Path]:
-        key = ec.generate_private_key(ec.SECP256R1())
-        private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        certificate = self._certificate(name, key, days=days, since=since, address=address)
-        return self._write(f"{name}.pem", certificate), self._write(f"{name}.key", private)
-
-    def _certificate(
-        self, name: str, key: Any, *, days: float = 300, since: float = -1, ca: bool = False, address: str = "127.0.0.1"
-    ) -> Any:
-        def named(common: str) -> x509.Name:
-            return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
-
-        now = datetime.datetime.now(datetime.UTC)
-        builder = (
-            x509.CertificateBuilder().subject_name(named(name)).issuer_name(named(self.folder.name)).public_key(key.public_key())
-            .serial_number(x509.random_serial_number()).not_valid_before(now + datetime.timedelta(days=since))
-            .not_valid_after(now + datetime.timedelta(days=days)).add_extension(x509.BasicConstraints(ca, None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), critical=False)
-        )  # fmt: skip
-        return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-
-    def _write(self, name: str, data: bytes) -> Path:
-        path = self.folder / name
-        path.write_bytes(data)
-        path.chmod(0o600)
-        return path
-
-
 @pytest.fixture
 def ours(tmp_path: Path) -> Authority:
     return Authority(tmp_path / "ours")
@@ -499,6 +459,23 @@ def test_the_doctor_finds_a_key_of_another_certificate_or_open_to_others(ours: A
 
     assert "not the key of" in certificates.look("c", ours.ca, cert, other, user="", now=time.time()).found
     assert "other users" in certificates.look("c", ours.ca, cert, key, user="", now=time.time()).found
+
+
+def test_an_old_authority_may_stay_beside_the_new_one(ours: Authority, tmp_path: Path) -> None:
+    old = Authority(tmp_path / "old", days=-0.5)
+    (tmp_path / "both.pem").write_bytes(old.ca.read_bytes() + ours.ca.read_bytes())
+
+    assert certificates.look("c", tmp_path / "both.pem", None, None, user="", now=time.time()).state == "good"
+    assert certificates.look("c", old.ca, None, None, user="", now=time.time()).state == "bad"
+
+
+def test_the_doctor_looks_at_who_signs_the_superlinks_certificate(tmp_path: Path) -> None:
+    old = Authority(tmp_path / "old", days=9)
+
+    (found,) = certificates.every(settings(tmp_path, learn__superlink="10.8.0.1:8000", learn__superlink_ca_file=str(old.ca)), time.time())
+
+    assert (found.what, found.state) == ("SuperLink certificate", "warn")
+    assert certificates.every(settings(tmp_path, learn__superlink="10.8.0.1:8000"), time.time()) == []
 
 
 def test_the_doctor_finds_a_file_that_is_no_certificate(tmp_path: Path) -> None:
