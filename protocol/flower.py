@@ -5,6 +5,8 @@ from pathlib import Path
 
 from protocol.errors import BadInput
 
+FLEET_HEADER = "x-milpa-fleet"  # carries the fleet's token
+
 
 def offline(home: Path) -> dict[str, str]:
     """The variables that keep flwr off the network and inside `home`; set them before flwr is imported."""

@@ -149,8 +149,7 @@ class Run:
                 raise BadInput(f"the SuperLink at {address} refused the token; give the control.token file of that SuperLink") from error
             raise Unavailable(f"the SuperLink at {address} answered {error.response.status_code} when the round opened") from error
         except HTTPError as error:
-            told = f" ({error})" if "SSL" in str(error) or "CERTIFICATE" in str(error) else ""
-            raise Unavailable(f"no SuperLink answers at {address}{told}; start one with `milpa-coordinator superlink`") from error
+            raise Unavailable(f"no SuperLink answers at {address} ({error}); start one with `milpa-coordinator superlink`") from error
         self._grid.set_run(run_from_proto(given.run))
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, given.run.run_id, given.context.node_id
 

@@ -26,9 +26,8 @@ import msgspec
 
 from protocol.blobs import write_atomically
 from protocol.errors import BadInput, PortInUse
-from protocol.flower import authorities, offline
+from protocol.flower import FLEET_HEADER, authorities, offline
 
-FLEET_HEADER = b"x-milpa-fleet"
 TOKEN_BYTES = 32
 STOP_DEADLINE_S = 5  # for requests under way when the SuperLink is told to stop
 
@@ -141,7 +140,7 @@ class Guard:
         if path == "/health":
             return 0
         if path.startswith("/v1/fleet/"):
-            return 0 if not self._fleet or hmac.compare_digest(headers.get(FLEET_HEADER, b""), self._fleet) else 403
+            return 0 if not self._fleet or hmac.compare_digest(headers.get(FLEET_HEADER.encode(), b""), self._fleet) else 403
         return 0 if hmac.compare_digest(headers.get(b"authorization", b""), self._control) else 401
 
 

@@ -66,6 +66,7 @@ def examine(
         *upkeep.power(settings, running=running),
         *upkeep.learning(settings, running=running),
         *(outside.updates(running) if inside else outside.coordinator(settings, now())),
+        *([] if inside else outside.superlink(settings)),
         *_allowed("release", lambda: [model.release(settings, now(), running=running)]),
         *model.trust(settings, now()),
     ]

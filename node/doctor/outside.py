@@ -1,4 +1,4 @@
-"""What the node listens on and connects to: its port, the brokers, the coordinator. Each look has a deadline of seconds.
+"""What the node listens on and connects to: its port, the brokers, the SuperLink, the coordinator. Each look has a deadline of seconds.
 
 A broker is asked for real: a CONNECT with the node's own name and secrets, under a client id of the doctor's, so that a running node keeps
 its session. Why it refuses is in its CONNACK or in the TLS error, and each of the usual reasons has an advice.
@@ -6,14 +6,16 @@ its session. Why it refuses is in its CONNACK or in the TLS error, and each of t
 
 import email.utils
 import http.client
+import ssl
 import time
 import urllib.parse
 from typing import Any
 
 from node.api.server import bind
 from node.doctor.finding import Finding
-from node.settings import Account, NodeSettings, secret
+from node.settings import Account, NodeSettings, named_file, secret
 from protocol.errors import BadInput, PortInUse
+from protocol.flower import FLEET_HEADER, authorities
 from protocol.mqtt import Session
 
 KNOCK_S = 6.0  # seconds until the broker must have said something
@@ -23,17 +25,18 @@ REFUSALS = (  # what the problem says -> whether it is ours to repair, and how
     ("Bad user name or password", "bad", "the password is wrong: fetch it from the coordinator again"),
     ("Not authorized", "bad", "the broker does not know this user or password: enrol the node, or fetch its password again"),
     ("Banned", "bad", "the broker has banned this client"),
-    ("Hostname mismatch", "bad", "the broker's certificate is for another name: use that name as the host, or issue it anew"),
-    ("IP address mismatch", "bad", "the broker's certificate is for another address: use its name as the host, or issue it anew"),
-    ("certificate has expired", "bad", "the broker's certificate expired, or this node's clock is wrong"),
+    ("Hostname mismatch", "bad", "its certificate is for another name: use that name as the host, or issue it anew"),
+    ("IP address mismatch", "bad", "its certificate is for another address: use its name as the host, or issue it anew"),
+    ("certificate has expired", "bad", "its certificate expired, or this node's clock is wrong"),
     ("certificate is not yet valid", "bad", "this node's clock is behind: set it"),
-    ("certificate verify failed", "bad", "ca_file is not of the authority that signed the broker's certificate: bring the right one"),
-    ("WRONG_VERSION_NUMBER", "bad", "the broker speaks without TLS on that port: take the TLS port, or leave out ca_file"),
+    ("certificate verify failed", "bad", "ca_file is not of the authority that signed its certificate: bring the right one"),
+    ("WRONG_VERSION_NUMBER", "bad", "it speaks without TLS on that port: take the TLS port, or leave out ca_file"),
     ("alert", "bad", "the broker does not take this node's certificate: is it of the authority the broker trusts, and not expired?"),
     ("sent no CONNACK", "bad", "the broker does not take this node's certificate, or it is no MQTT broker"),
     ("closed the connection", "bad", "the broker wants TLS or another certificate there; its log says which"),
     ("ended the connection", "bad", "the broker wants TLS or another certificate there; its log says which"),
-    ("Connection refused", "warn", "no broker runs there: start it, or correct host and port; answers go on"),
+    ("without response", "bad", "it may want TLS: bring the file of who signs its certificate"),
+    ("Connection refused", "warn", "nothing listens there: start it, or correct host and port; answers go on"),
     ("Name or service not known", "warn", "no such host: correct the name; without a name server use an address"),
     ("name resolution", "warn", "no name server answers: check the link, or use an address"),
     ("unreachable", "warn", "no way there: check the link; answers go on, questions wait"),
@@ -128,6 +131,36 @@ def diagnosed(problem: str) -> tuple[Any, str]:
         ((state, advice) for words, state, advice in REFUSALS if words.lower() in problem.lower()),
         ("warn", "check the link; answers go on, questions wait"),
     )
+
+
+def superlink(settings: NodeSettings) -> list[Finding]:
+    """Whether the SuperLink is the one we trust and takes the fleet's token, where rounds are configured."""
+    learn = settings.learn
+    if not learn.superlink:
+        return []
+    host, _, number = learn.superlink.rpartition(":")
+    try:
+        token = secret(learn.fleet_token_file, what="learn.fleet_token_file")
+        ca = named_file(learn.superlink_ca_file)
+        authorities(ca)
+        tls = ssl.create_default_context(cafile=ca) if ca else None
+        port = int(number)
+        connection = (
+            http.client.HTTPSConnection(host, port, timeout=HTTP_S, context=tls)
+            if tls
+            else http.client.HTTPConnection(host, port, timeout=HTTP_S)
+        )
+        connection.request("GET", "/v1/fleet/doctor", headers={FLEET_HEADER: token} if token else {})
+        status = connection.getresponse().status
+        connection.close()
+    except BadInput as error:
+        return [Finding("SuperLink", "bad", str(error))]
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        state, advice = diagnosed(str(error))
+        return [Finding("SuperLink", state, f"{learn.superlink}: {error}", advice)]
+    if status == http.client.FORBIDDEN:
+        return [Finding("SuperLink", "bad", f"{learn.superlink} refuses the fleet's token", "bring its fleet.token again")]
+    return [Finding("SuperLink", "good", f"{learn.superlink} answers{' over TLS' if tls else ''}")]
 
 
 def spool(running: dict[str, Any]) -> list[Finding]:

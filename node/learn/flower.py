@@ -40,12 +40,12 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 from node.learn import stored
 from protocol import codec
 from protocol.adapters import AdapterQuestion, AdapterReceipt, AdapterReply, Flat
+from protocol.flower import FLEET_HEADER
 from protocol.lines import first_line
 
 POLL_S = 0.5  # both of the SuperNode at the SuperLink and of the executor at the SuperNode
 RAISED = 2  # Flower's code for "the client app raised"; our own codes travel inside the reply
 ACQUIRE_METHOD = "/flwr.proto.Runtime/AcquireTask"
-FLEET_HEADER = "x-milpa-fleet"
 QUESTION_LIMIT = 16 * 1024  # bytes
 ASKED: Any = AdapterQuestion | AdapterReceipt
 

@@ -45,7 +45,20 @@ TEXTS: dict[str, tuple[str, str]] = {
     "find.peers": ("The other nodes cannot be asked.", "No se puede preguntar a los otros nodos."),
     "find.power": ("The battery or the panel is not known well enough.", "No se conoce bien la batería o el panel."),
     "find.files": ("A file that the settings name is missing.", "Falta un archivo que nombra la configuración."),
-    "find.certificate": ("A certificate expires or has expired.", "Un certificado vence o ya venció."),
+    "find.broker certificate": (
+        "A certificate for the connection to the other nodes ends or is wrong.",
+        "Un certificado de la conexión con los otros nodos vence o no sirve.",
+    ),
+    "find.topic certificate": (
+        "A certificate of the site's own broker ends or is wrong.",
+        "Un certificado del broker del sitio vence o no sirve.",
+    ),
+    "find.SuperLink certificate": (
+        "A certificate for sending what was learned ends or is wrong.",
+        "Un certificado para enviar lo aprendido vence o no sirve.",
+    ),
+    "find.SuperLink": ("What was learned cannot be sent. Answers go on.", "No se puede enviar lo aprendido. Sigue respondiendo."),
+    "find.free memory": ("There is too little free memory.", "Queda muy poca memoria libre."),
     "find.topic": ("No connection to the site's own broker.", "Sin conexión con el broker del sitio."),
     "find.spool": ("Files put into the folder are not answered.", "Los archivos puestos en la carpeta no se responden."),
     "find.coordinator": ("The coordinator does not answer. Answers go on.", "El coordinador no responde. El nodo sigue respondiendo."),

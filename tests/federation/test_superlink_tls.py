@@ -7,7 +7,9 @@ import httpx
 import pytest
 
 from coordinator.federation.superlink import Certificate, place_in
+from node.doctor.outside import superlink
 from node.learn.sync import sync
+from node.settings import read
 from protocol.errors import BadInput, Unavailable
 from protocol.flower import authorities
 from tests.certificates import Authority
@@ -66,6 +68,30 @@ def test_a_coordinator_that_does_not_trust_the_superlink_gives_it_no_token(secur
 
     with pytest.raises(Unavailable, match=r"no SuperLink answers at .*CERTIFICATE_VERIFY_FAILED"):
         gather(secured, tmp_path / "round", seconds=8.0, ca=str(other))
+
+
+@pytest.mark.flower
+def test_the_doctor_says_why_a_superlink_and_a_node_do_not_come_together(secured: SuperLink, tmp_path: Path) -> None:
+    (tmp_path / "stale.token").write_text("x" * 40)
+    other = str(Authority(tmp_path / "another").ca)
+
+    def found(address: str = secured.address, ca: str = secured.ca, token: str = "fleet.token") -> tuple[str, str]:
+        file = secured.state / token if token == "fleet.token" else tmp_path / token
+        learn = {"superlink": address, "superlink_ca_file": ca, "fleet_token_file": str(file)}
+        given, _ = read(None, flags={"node.state_dir": str(tmp_path), **{f"learn.{key}": value for key, value in learn.items()}})
+        (one,) = superlink(given)
+        return one.state, f"{one.found}; {one.advice}"
+
+    assert found() == ("good", f"{secured.address} answers over TLS; ")
+    for state, words, given in (
+        ("bad", "fleet.token again", {"token": "stale.token"}),
+        ("bad", "not of the authority that signed", {"ca": other}),
+        ("bad", "may want TLS", {"ca": ""}),
+        ("bad", "another name", {"address": secured.address.replace("127.0.0.1", "localhost")}),
+        ("bad", "cannot read", {"ca": str(tmp_path / "none.pem")}),
+        ("warn", "nothing listens", {"address": "127.0.0.1:1"}),
+    ):
+        assert (found(**given)[0], words in found(**given)[1]) == (state, True), found(**given)
 
 
 def test_files_that_are_no_certificate_are_told_before_anything_is_sent(signer: Authority, tmp_path: Path) -> None:

@@ -200,7 +200,11 @@ def test_every_state_of_an_answer_and_every_finding_of_the_doctor_has_words() ->
     from node.store import State
 
     sources = Path(node.doctor.__file__).parent.glob("*.py")
-    found = {what for source in sources for what in re.findall(r'Finding\(\s*"(\w+)"', source.read_text(encoding="utf-8"))}
+    found = {
+        "".join(what)
+        for source in sources
+        for what in re.findall(r'Finding\(\s*"([^"]+)"|"(\w+ certificate)"', source.read_text(encoding="utf-8"))
+    }
 
     assert found and {f"find.{what}" for what in found} <= set(TEXTS)
     assert {f"state.{state}" for state in get_args(State)} <= set(TEXTS)
