@@ -1,5 +1,6 @@
 """What decides a student: the plan of a distillation, and the time it may take."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,20 +21,22 @@ class Budget:
 
     @classmethod
     def named(cls, name: str) -> "Budget":
-        """ "demo", "hour", or a number of seconds for the three together.
+        """ "demo", "hour", a number of seconds for the three together, or three with commas: teacher, capture, student.
 
         Raises:
-            BadInput: none of those, or below 10 seconds.
+            BadInput: none of those, or below 10 seconds in all.
         """
         if name in PRESETS:
             return PRESETS[name]
         try:
-            seconds = float(name)
+            given = [float(part) for part in name.split(",")]
         except ValueError:
-            seconds = 0.0
-        if not seconds >= 10:
-            raise BadInput(f"budget {name!r} is not usable: say {', '.join(PRESETS)} or a number of seconds, 10 or more")
-        return cls(name, 0.52 * seconds, 0.15 * seconds, 0.33 * seconds)
+            given = []
+        if len(given) not in (1, 3) or not (min(given) > 0 and 10 <= sum(given) < math.inf):
+            raise BadInput(
+                f"budget {name!r} is not usable: say {', '.join(PRESETS)}, seconds, 10 or more, or three with commas: teacher,capture,student"
+            )
+        return cls(name, *(given if len(given) == 3 else [share * given[0] for share in SHARES]))
 
     def for_student(self) -> "Budget":
         """All of it for the student, where the teacher is taken as it is."""
@@ -44,6 +47,7 @@ class Budget:
         return Budget(self.name, self.correct_s / cores, self.capture_s / cores, self.student_s / cores)
 
 
+SHARES = (0.52, 0.15, 0.33)  # of one number: teacher, capture, student
 PRESETS = {"demo": Budget("demo", 165.0, 20.0, 130.0), "hour": Budget("hour", 1800.0, 500.0, 1100.0)}
 
 

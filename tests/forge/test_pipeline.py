@@ -161,10 +161,15 @@ def test_too_few_records_are_told_before_any_work(base: Path, records: Callable[
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("name", ["soon", "-5", "3", "nan"])
+@pytest.mark.parametrize("name", ["soon", "-5", "3", "nan", "inf", "40,10", "40,0,10", "4,1,4", "9,nan,9", "40,10,150,3"])
 def test_a_budget_is_a_name_or_seconds(name: str) -> None:
     with pytest.raises(BadInput, match="demo, hour"):
         Budget.named(name)
+
+
+def test_a_budget_may_say_what_each_stage_gets() -> None:
+    assert Budget.named("40,10,150") == Budget("40,10,150", correct_s=40.0, capture_s=10.0, student_s=150.0)
+    assert Budget.named("1000") == Budget("1000", correct_s=520.0, capture_s=150.0, student_s=330.0)
 
 
 def test_a_budget_of_processor_seconds_is_shared_by_the_cores_that_work_at_once() -> None:
