@@ -27,9 +27,7 @@ def distill(
     work: Path | None = typer.Option(
         None, help="Where stages are kept, found again, resumed and shared by several students; by default OUT/work."
     ),
-    budget: str = typer.Option(
-        "demo", help="'demo' (8 minutes), 'hour', seconds in all, or of teacher,capture,student: 4200,900,12300."
-    ),
+    budget: str = typer.Option("demo", help="'demo' (8 minutes), 'hour', seconds in all, or of teacher,capture,student: 4200,900,12300."),
     student: str | None = typer.Option(
         None,
         help="'small', 'tiny', 'nano', or a shape: 12x512x1024x2 is blocks, width, feed-forward, heads. By default --blocks at full width.",

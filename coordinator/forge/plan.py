@@ -34,7 +34,7 @@ class Budget:
             given = []
         if len(given) not in (1, 3) or not (min(given) > 0 and 10 <= sum(given) < math.inf):
             raise BadInput(
-                f"budget {name!r} is not usable: say {', '.join(PRESETS)}, seconds, 10 or more, or three with commas: teacher,capture,student"
+                f"budget {name!r} is not usable: say {', '.join(PRESETS)}, seconds (10 or more), or three: teacher,capture,student"
             )
         return cls(name, *(given if len(given) == 3 else [share * given[0] for share in SHARES]))
 
