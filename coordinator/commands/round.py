@@ -63,7 +63,7 @@ def round(
     chosen = {name: read_records(file, task) for name, file in named(dev, "--dev").items()}
     etas = read_etas(eta)
     key_folder = superlink_keys or folder / "superlink"
-    place = Place(superlink, "") if superlink else place_in(key_folder)
+    place = Place(superlink) if superlink else place_in(key_folder)
     if place is None:
         raise BadInput(f"no SuperLink is known: {key_folder} has no superlink.json; give --superlink HOST:PORT and --superlink-keys")
     keys = Keys(control=read_key(key_folder / "control.token"), fleet="", secret=read_key(key_folder / "superexec.secret"))

@@ -100,7 +100,8 @@ class Certificate(msgspec.Struct, frozen=True):
     ca: Path  # who signed it; `cert` itself where it signed itself
 
     def check(self) -> None:
-        """
+        """Look at all three before anything listens.
+
         Raises:
             BadInput: a file cannot be read, or the key is not the certificate's.
         """

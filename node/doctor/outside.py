@@ -9,6 +9,8 @@ import http.client
 import ssl
 import time
 import urllib.parse
+from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 from node.api.server import bind
@@ -141,18 +143,10 @@ def superlink(settings: NodeSettings) -> list[Finding]:
     host, _, number = learn.superlink.rpartition(":")
     try:
         token = secret(learn.fleet_token_file, what="learn.fleet_token_file")
-        ca = named_file(learn.superlink_ca_file)
-        authorities(ca)
-        tls = ssl.create_default_context(cafile=ca) if ca else None
-        port = int(number)
-        connection = (
-            http.client.HTTPSConnection(host, port, timeout=HTTP_S, context=tls)
-            if tls
-            else http.client.HTTPConnection(host, port, timeout=HTTP_S)
-        )
-        connection.request("GET", "/v1/fleet/doctor", headers={FLEET_HEADER: token} if token else {})
-        status = connection.getresponse().status
-        connection.close()
+        trusted = authorities(named_file(learn.superlink_ca_file))
+        tls = ssl.create_default_context(cadata=trusted.decode("ascii")) if trusted else None
+        headers = {FLEET_HEADER: token} if token else {}
+        status = _answer(host, int(number), "GET", "/v1/fleet/doctor", tls=tls, headers=headers).status
     except BadInput as error:
         return [Finding("SuperLink", "bad", str(error))]
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -178,12 +172,10 @@ def coordinator(settings: NodeSettings, now: float) -> list[Finding]:
     if not settings.update.url:
         return []
     address = urllib.parse.urlsplit(settings.update.url)
-    kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
+    tls = ssl.create_default_context() if address.scheme == "https" else None
     try:
-        connection = kind(address.hostname or "", address.port, timeout=HTTP_S)
-        connection.request("HEAD", address.path.rstrip("/") + "/metadata/timestamp.json")
-        told = connection.getresponse().getheader("Date", "")
-        connection.close()
+        path = address.path.rstrip("/") + "/metadata/timestamp.json"
+        told = _answer(address.hostname or "", address.port, "HEAD", path, tls=tls).getheader("Date", "")
     except (OSError, http.client.HTTPException, ValueError) as error:
         return [Finding("coordinator", "warn", f"{settings.update.url} does not answer: {error}", "updates wait; answers go on")]
     try:
@@ -207,6 +199,23 @@ def updates(running: dict[str, Any]) -> list[Finding]:
     if state == "waiting":
         return [Finding("coordinator", "warn", reason, "updates wait; answers go on")]
     return [Finding("coordinator", "good", f"the last look for a release ended well ({state})")]
+
+
+def _answer(
+    host: str, port: int | None, method: str, path: str, *, tls: ssl.SSLContext | None, headers: Mapping[str, str] | None = None
+) -> http.client.HTTPResponse:
+    """The head of one answer, over TLS where there is a context; its body is not read.
+
+    Raises:
+        OSError, http.client.HTTPException, ValueError: none came.
+    """
+    if tls:
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(host, port, timeout=HTTP_S, context=tls)
+    else:
+        connection = http.client.HTTPConnection(host, port, timeout=HTTP_S)
+    with closing(connection):
+        connection.request(method, path, headers=headers or {})
+        return connection.getresponse()
 
 
 def _told(told: object) -> str | None:

@@ -65,6 +65,11 @@ class SuperLink:
     def trust(self) -> ssl.SSLContext | bool:
         return ssl.create_default_context(cafile=self.ca) if self.ca else True
 
+    def stop(self) -> None:
+        assert self.process is not None
+        self.process.terminate()
+        self.process.wait(20)
+
     def kill(self) -> None:
         assert self.process is not None
         self.process.kill()
@@ -85,9 +90,7 @@ def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
     found = SuperLink(tmp_path_factory.mktemp("superlink") / "state")
     found.start()
     yield found
-    assert found.process is not None
-    found.process.terminate()
-    found.process.wait(20)
+    found.stop()
 
 
 class Window:

@@ -28,9 +28,7 @@ def secured(signer: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iter
     found = SuperLink(tmp_path_factory.mktemp("secured") / "state", (*signer.issue("superlink"), signer.ca))
     found.start()
     yield found
-    assert found.process is not None
-    found.process.terminate()
-    found.process.wait(20)
+    found.stop()
 
 
 @pytest.mark.flower
@@ -91,7 +89,8 @@ def test_the_doctor_says_why_a_superlink_and_a_node_do_not_come_together(secured
         ("bad", "cannot read", {"ca": str(tmp_path / "none.pem")}),
         ("warn", "nothing listens", {"address": "127.0.0.1:1"}),
     ):
-        assert (found(**given)[0], words in found(**given)[1]) == (state, True), found(**given)
+        judged, told = found(**given)
+        assert (judged, words in told) == (state, True), told
 
 
 def test_files_that_are_no_certificate_are_told_before_anything_is_sent(signer: Authority, tmp_path: Path) -> None:
